@@ -1,0 +1,190 @@
+"""The two tasks, power-law regression and next-token prediction, behind one small interface: `open_task(run)` gives a Task.
+
+A batch is a function of (seed, step), so that a resumed run needs no loader state. Files on disk are dataset.py's; the loop that
+asks for batches is train.py's.
+"""
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dataset
+
+BLOCK_BYTES = 1 << 25  # training data handed to the device at a time: large enough to hide the hand-over, small beside any model
+BLOCK_STEPS = 1024
+
+
+class Batch(NamedTuple):
+    x: jax.Array       # model input: [B, 8] float32, or tokens [B, L]
+    y: jax.Array       # target: [B] float32, or tokens [B, L]
+    weight: jax.Array  # bool like y: which targets count; the data set says, not the loss
+
+
+class Task(NamedTuple):
+    block_steps: int                     # M
+    block: Callable[[int], Any]          # k -> raw data of steps k·M … (k+1)·M - 1, a pytree of arrays [M, …]
+    batch: Callable[[Any], Batch]        # one step's raw data -> Batch, traced on the device
+    loss: Callable[[Any, Any], Any]      # (f, y) -> loss of every target, shaped like y
+    test: Batch                          # the test batches, stacked: [n, B, …]
+    per_seed: bool                       # raw data has a seed axis, [M, S, …]: every seed has its own order
+
+
+def open_task(run, seeds) -> Task:
+    """The task of a resolved run, for these of its seeds. Raises FileNotFoundError or ValueError, one line, before any training."""
+    return fourier_task(run) if run.ds_path == 'fourier' else token_task(run, seeds)
+
+
+def vocab_size(ds_path) -> int | None:
+    """The vocabulary that a data set's own meta file states, None where there is none."""
+    return None if ds_path in (None, 'fourier') else dataset.open_tokens(ds_path).vocab_size
+
+
+def weighted_sum(loss, weight):
+    """Sums of loss·weight and of weight, both [B, …]: reduced once, last, so that the pieces of a batch can be added up."""
+    return jnp.sum(loss * weight), jnp.sum(weight, dtype=jnp.float32)
+
+
+def read_ahead(task, first_step):
+    """Yields (first step, raw data) of each block from the one that holds first_step on, the next being read meanwhile."""
+    k = first_step // task.block_steps
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(task.block, k)
+        while True:
+            block, ahead = ahead.result(), reader.submit(task.block, k + 1)
+            yield k * task.block_steps, block
+            k += 1
+
+
+# Power-law regression (paper, appendix A): y = Σ_i w_i √2 cos(2π k_i·x + φ_i), x uniform on [-½, ½]^8
+
+def fourier_modes():
+    """The target's modes with duplicates summed: (k [8, M], amplitude [M], phase [M] in turns), float32, M = 3,318.
+
+    Drawn as the published stream does: 10,000 modes from PRNGKey(42), magnitudes of power-law exponent 2, directions, unit-norm
+    Gaussian weights, phases π/2 or 0. k and -k are one mode, and a cosine and a sine of one k add to a single shifted cosine.
+    """
+    n = 10_000
+    with jax.threefry_partitionable(True):  # the other setting draws another function
+        magnitudes, directions, weights, phases = jax.random.split(jax.random.PRNGKey(42), 4)
+        r = (1 - jax.random.uniform(magnitudes, (n,))) ** -0.5
+        direction = jax.random.normal(directions, (n, 8))
+        k = jnp.round(r[:, None] * direction / jnp.linalg.norm(direction, axis=1, keepdims=True))
+        w = jax.random.normal(weights, (n,))
+        w = np.asarray(w / jnp.linalg.norm(w), np.float64)
+        shifted = np.asarray(jax.random.bernoulli(phases, 0.5, (n,)))  # cos(a + π/2) = -sin a
+    k = np.asarray(k, int)
+    first = k[np.arange(n), np.argmax(k != 0, axis=1)]
+    sign = np.where(first < 0, -1, 1)
+    k, which = np.unique(k * sign[:, None], axis=0, return_inverse=True)
+    cosine = np.bincount(which, np.where(shifted, 0, w))
+    sine = np.bincount(which, np.where(shifted, -w * sign, 0))
+    amplitude, phase = np.sqrt(2) * np.hypot(cosine, sine), np.arctan2(-sine, cosine) / (2 * np.pi)
+    return tuple(np.asarray(a, np.float32) for a in (k.T, amplitude, phase))
+
+
+def cos_turns(t):
+    """cos(2πt), float32, error below 5e-7: the nearest whole turn comes off exactly, and an even polynomial does the rest.
+
+    The polynomial interpolates cos(2π√z) at Chebyshev nodes of z = r² in [0, ¼] (degree 6: error 1.1e-8 in exact arithmetic).
+    """
+    fit = np.polynomial.Chebyshev.interpolate(lambda z: np.cos(2 * np.pi * np.sqrt(np.maximum(z, 0))), 6, domain=[0, 0.25])
+    r = t - jnp.round(t)
+    z = r * r
+    y = 0.0
+    for c in fit.convert(kind=np.polynomial.Polynomial).coef[::-1]:
+        y = y * z + float(c)
+    return y
+
+
+def fourier_target(x, modes):
+    """y [B] of inputs x [B, 8], in pieces of 512 rows: their [512, M] table of cosines fits in a cache."""
+    k, amplitude, phase = modes
+    k_and_phase = np.vstack([k, phase])
+
+    def one(x):  # [8] -> scalar
+        turns = jnp.matmul(jnp.append(x, 1.0), k_and_phase, precision='float32')  # the phase rides in the matrix product
+        return jnp.matmul(cos_turns(turns), amplitude, precision='float32')
+
+    return jax.lax.map(one, x, batch_size=512)
+
+
+def fourier_task(run) -> Task:
+    B, modes = run.opt.B, fourier_modes()
+
+    def draw(key):
+        with jax.threefry_partitionable(True):
+            x = jax.random.uniform(key, (B, 8), minval=-0.5, maxval=0.5)
+        return Batch(x, fourier_target(x, modes), jnp.ones(B, bool))
+
+    @partial(jax.jit, static_argnums=1)
+    def sample_keys(key, n):  # each batch splits the current key in two, the next key and the sample key: -> key, [n, 2]
+        with jax.threefry_partitionable(True):
+            return jax.lax.scan(lambda key, _: tuple(jax.random.split(key)), key, length=n)
+
+    starts = [jax.random.PRNGKey(43)]  # the current key at the start of each block met so far
+
+    def block(k):
+        while len(starts) <= k:
+            starts.append(sample_keys(starts[-1], BLOCK_STEPS)[0])
+        return sample_keys(starts[k], BLOCK_STEPS)[1]
+
+    test_keys = sample_keys(jax.random.PRNGKey(44), run.derived.num_test_batches)[1]
+    test = jax.jit(lambda keys: jax.lax.map(draw, keys))(test_keys)
+    return Task(BLOCK_STEPS, block, draw, lambda f, y: 0.5 * (f[:, 0] - y) ** 2, test, per_seed=False)
+
+
+# Next-token prediction from token files
+
+def token_task(run, seeds) -> Task:
+    B, L, V = run.opt.B, run.model.L, run.model.V
+    train, held_out = (dataset.open_tokens(run.ds_path, split) for split in ('train', 'test'))
+    n = run.derived.num_test_batches
+    if held_out.size < n * B * L:
+        raise ValueError(f'{held_out.files[0]}: {held_out.size} test tokens are fewer than the {n * B * L} of T_eval={run.T_eval}; '
+                         f'set T_eval to at most {held_out.size}')
+    num_blocks = train.size // (B * L)
+    if num_blocks < 1:
+        raise ValueError(f'{train.files[0]}: {train.size} tokens are less than one batch of opt.B·model.L={B * L}; lower opt.B')
+    for tokens in (train, held_out):
+        dataset.check_ids(tokens, V)
+    M = int(np.clip(BLOCK_BYTES // (B * L * train.dtype.itemsize), 1, BLOCK_STEPS))
+
+    def block(k):
+        if not run.shuffle:  # in file order, round and round
+            return train.read(k * M * B * L, M * B * L).reshape(M, B, L)
+        steps = np.arange(k * M, (k + 1) * M)
+        order = [np.asarray(drawn_blocks(seed, steps, num_blocks)) for seed in seeds]
+        return np.stack([[train.read(b * B * L, B * L).reshape(B, L) for b in drawn] for drawn in order], axis=1)  # [M, S, B, L]
+
+    def batch(tokens):
+        y, weight = next_tokens(tokens, train.pad_id, run.published_averaging)
+        return Batch(tokens, y, weight)
+
+    test = batch(held_out.read(0, n * B * L).reshape(n, B, L))
+    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, jax.device_put(test), per_seed=run.shuffle)
+
+
+@partial(jax.jit, static_argnums=2)
+def drawn_blocks(seed, steps, num_blocks):
+    """Which of num_blocks blocks of the file a shuffled run reads at each of the steps [n]; a function of (seed, step) alone."""
+    with jax.threefry_partitionable(True):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(seed), steps)
+        return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_blocks))(keys)
+
+
+def next_tokens(tokens, pad_id, published_averaging):
+    """Targets y and bool weights, both like tokens [..., L]: each position predicts the next one of its sequence.
+
+    The last position has no target and padding carries no loss. published_averaging counts every position instead, the last one
+    predicting id 0, as the published losses do: about 1/L of such a loss comes from that position, and padding is learned too.
+    """
+    y = jnp.roll(tokens, -1, axis=-1).at[..., -1].set(0)
+    if published_averaging:
+        return y, jnp.ones(y.shape, bool)
+    weight = jnp.ones(y.shape, bool).at[..., -1].set(False)
+    return y, weight if pad_id is None else weight & (y != pad_id)

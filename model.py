@@ -1,0 +1,157 @@
+"""The two model families, MLP and decoder-only transformer: shapes, roles and initial values of the weights, and the forward pass.
+
+Letters: B batch, S position (up to L), D width, F hidden width of a branch, H heads, K head size (D = H·K), N blocks, V vocabulary
+(or input size of the MLP). No biases and no learned norm scales. Learning rates are optimizer.py's, losses data.py's.
+"""
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def weight(rngs, shape, std, role):
+    """One trainable array [shape], N(0, std²) float32, with its role 'input', 'hidden' or 'output' (Tensor Programs V, table 3).
+
+    The role drives the learning rate (optimizer.peak_lr) and the parameter count by group. Its fan-in is the width for every
+    'hidden' and 'output' weight, and a fixed size for 'input'. std 0 starts at zero without drawing.
+    """
+    value = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
+    return nnx.Param(value, role=role)
+
+
+def rms_norm(x):
+    """x [..., D] divided by its root mean square, eps 1e-6, in float32 whatever the compute type."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def gelu(x):
+    return jax.nn.gelu(x, approximate=True)  # the tanh form
+
+
+class MLP(nnx.Module):
+    """Regression MLP, x [B, V] -> f [B, 1], features h [B, D]: p = VD + 2ND² + D."""
+
+    def __init__(self, cfg, rngs):
+        D = cfg.D
+        std = cfg.init_std_mult / math.sqrt(D)
+        self.embed = weight(rngs, (cfg.V, D), 1 / math.sqrt(cfg.V), 'input')
+        self.blocks = nnx.List([FeedForward(D, D, std, rngs) for _ in range(cfg.N)])
+        self.readout = weight(rngs, (D, 1), 0, 'output')
+        self.branch_scale = 6 / cfg.N if cfg.scale_by_depth else 1.0
+        self.dtype, self.remat = compute_dtype(cfg), cfg.remat
+
+    def __call__(self, x):
+        h = x.astype(self.dtype) @ self.embed.astype(self.dtype)  # [B, D]
+        for block in self.blocks:
+            branch = nnx.remat(FeedForward.__call__) if self.remat else FeedForward.__call__
+            h = h + self.branch_scale * branch(block, h)
+        return readout(h, self.readout), h
+
+
+class Transformer(nnx.Module):
+    """Causal pre-norm transformer, tokens [B, S] -> logits f [B, S, V], features h [B, S, D].
+
+    p = 2VD + LD + N(4 + 2·mlp_expansion)D².
+    """
+
+    def __init__(self, cfg, rngs):
+        D = cfg.D
+        std = cfg.init_std_mult / math.sqrt(D)
+        embed_std = cfg.init_std_mult * cfg.embed_init_std
+        self.embed = weight(rngs, (cfg.V, D), embed_std, 'input')
+        self.position = weight(rngs, (cfg.L, D), embed_std, 'input')
+        self.blocks = nnx.List([Block(cfg, std, rngs) for _ in range(cfg.N)])
+        self.readout = weight(rngs, (D, cfg.V), 0, 'output')
+        self.branch_scale = 3 / cfg.N if cfg.scale_by_depth else 1.0
+        self.dtype, self.remat = compute_dtype(cfg), cfg.remat
+
+    def __call__(self, tokens):
+        h = (self.embed[tokens] + self.position[:tokens.shape[1]]).astype(self.dtype)  # [B, S, D]
+        for block in self.blocks:
+            call = nnx.remat(Block.__call__, static_argnums=2) if self.remat else Block.__call__
+            h = call(block, h, self.branch_scale)
+        return readout(h, self.readout), h
+
+
+class Block(nnx.Module):
+    """Attention, then a GELU MLP, each a residual branch times branch_scale; h [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, cfg, std, rngs):
+        self.attention = Attention(cfg.D, cfg.dh, std, rngs)
+        self.mlp = FeedForward(cfg.D, cfg.mlp_expansion * cfg.D, std, rngs)
+
+    def __call__(self, h, branch_scale):
+        h = h + branch_scale * self.attention(h)
+        return h + branch_scale * self.mlp(h)
+
+
+class Attention(nnx.Module):
+    """Causal attention with RMS-normalised queries and keys per head, scores scaled by 1/√K."""
+
+    def __init__(self, D, K, std, rngs):
+        self.qkv = weight(rngs, (D, 3, D // K, K), std, 'hidden')
+        self.out = weight(rngs, (D // K, K, D), 0, 'hidden')
+
+    def __call__(self, h):
+        q, k, v = jnp.einsum('bsd,dchk->cbshk', rms_norm(h), self.qkv.astype(h.dtype))  # each [B, S, H, K]
+        mixed = jax.nn.dot_product_attention(rms_norm(q), rms_norm(k), v, is_causal=True)
+        return jnp.einsum('bshk,hkd->bsd', mixed, self.out.astype(h.dtype))
+
+
+class FeedForward(nnx.Module):
+    """fc2(gelu(fc1(rms_norm(h)))), h [..., D] -> [..., D]."""
+
+    def __init__(self, D, F, std, rngs):
+        self.fc1 = weight(rngs, (D, F), std, 'hidden')
+        self.fc2 = weight(rngs, (F, D), 0, 'hidden')
+
+    def __call__(self, h):
+        return gelu(rms_norm(h) @ self.fc1.astype(h.dtype)) @ self.fc2.astype(h.dtype)
+
+
+def readout(h, weights):
+    """Logits [..., V] float32 of the features h [..., D]; the loss is taken in float32 whatever the compute type."""
+    return (rms_norm(h) @ weights.astype(h.dtype)).astype(jnp.float32)
+
+
+def compute_dtype(cfg):
+    return jnp.dtype(cfg.dtype or 'float32')
+
+
+ARCHS = {'mlp': MLP, 'transformer': Transformer}
+
+
+def structure(arch, cfg):
+    """(graphdef, params, roles) of a model without allocating it: params and roles are nested dicts of the same shape, of
+    ShapeDtypeStruct and of role names. `nnx.merge(graphdef, params)` is the callable model."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: ARCHS[arch](cfg, nnx.Rngs(0))), nnx.Param)
+    roles = jax.tree.map(lambda w: w.get_metadata('role'), state, is_leaf=lambda w: isinstance(w, nnx.Param))
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(roles)
+
+
+def init(arch, cfg, key):
+    """The initial weights as a nested dict of float32 arrays; a pure function of the PRNG key, so it can be jitted and vmapped."""
+    return nnx.to_pure_dict(nnx.state(ARCHS[arch](cfg, nnx.Rngs(key)), nnx.Param))
+
+
+def param_groups(arch, cfg):
+    """Number of trainable scalars by role, {'input', 'hidden', 'output'}; their sum is p (embeddings included)."""
+    _, params, roles = structure(arch, cfg)
+    groups = dict.fromkeys(('input', 'hidden', 'output'), 0)
+    for w, role in zip(jax.tree.leaves(params), jax.tree.leaves(roles), strict=True):
+        groups[role] += w.size
+    return groups
+
+
+def train_flops_per_token(arch, cfg):
+    """FLOPs of one training step a token, forward and backward: 6 a weight used in a matrix product, plus 12·N·L·D for attention.
+
+    For the MLP this is the 6p of the scaling law (every weight is used in a product); for the transformer the embedding tables
+    are looked up, not multiplied, so it is 6(p - VD - LD) + 12NLD. Use it for speeds; C = 6tp is the law's compute.
+    """
+    groups = param_groups(arch, cfg)
+    if arch == 'mlp':
+        return 6 * sum(groups.values())
+    return 6 * (groups['hidden'] + groups['output']) + 12 * cfg.N * cfg.L * cfg.D

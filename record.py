@@ -1,0 +1,121 @@
+"""A run's record: the folder runs/<wandb_tag>/<name>/ with config.yaml, history.jsonl and summary.json, mirrored to W&B.
+
+The only file that knows W&B. What the rows mean is train.py's; reading folders back is figures/table.py's.
+"""
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+import yaml
+
+import config
+
+# The short names of the published logs, for W&B's config: each is the last part of one dotted key and of no other that matters.
+SHORT_NAMES = {'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh',
+               'mlp_expansion': 'model.mlp_expansion', 'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule',
+               'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens', 'num_params': 'derived.num_params', 'steps': 'derived.steps'}
+
+
+class RunFolderError(ValueError):
+    """The run's folder cannot be used; the message is one line that says what to change."""
+
+
+class Record:
+    """Writes one run as it happens; opening it begins the run's history anew."""
+
+    def __init__(self, run, seed):
+        self.seed, self.name, self.folder = seed, config.run_name(run, seed), folder_of(run, seed)
+        values = settings(run, seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / 'summary.json').unlink(missing_ok=True)
+        write_whole(self.folder / 'config.yaml', yaml.safe_dump({**values, 'environment': environment()}, sort_keys=False))
+        self.history = open(self.folder / 'history.jsonl', 'w')
+        self.wandb = _open_wandb(run, self.name, self.folder, values) if run.wandb_mode != 'disabled' else None
+
+    def log(self, row):
+        """Appends one evaluation, {name: number}; a value that is not finite is missing, and what is missing is left out."""
+        row = {k: v for k, v in row.items() if math.isfinite(v)}
+        self.history.write(json.dumps(row) + '\n')
+        self.history.flush()
+        if self.wandb:
+            self.wandb.log(row)
+
+    def close(self, state, **numbers):
+        """Ends the record in `state` ('finished', 'diverged' or 'interrupted') with the run's last numbers. Returns the summary."""
+        summary = {'state': state, 'name': self.name, 'seed': self.seed, 'folder': str(self.folder), **numbers}
+        self.history.close()
+        write_whole(self.folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish(exit_code=0 if state == 'finished' else 1)
+        return summary
+
+
+def folder_of(run, seed) -> Path:
+    """Where a seed's record lies: run_dir if given (run_dir/seed<s> in a group), else runs/<wandb_tag>/<name>."""
+    if run.run_dir is None:
+        return Path('runs') / run.wandb_tag / config.run_name(run, seed)
+    return Path(run.run_dir) if run.seeds is None else Path(run.run_dir) / f'seed{seed}'
+
+
+def settings(run, seed) -> dict:
+    """The configuration as config.yaml and W&B hold it: resolved, with what is derived from it and the run's name."""
+    values = config.as_dict(run, seed)
+    values['derived']['name'] = config.run_name(run, seed)
+    return values
+
+
+def is_finished(run, seed) -> bool:
+    """Whether the run's folder holds it, finished. Raises RunFolderError, with the keys that differ, if another run is there."""
+    folder = folder_of(run, seed)
+    if not (folder / 'config.yaml').exists():
+        return False
+    there = config.flatten(yaml.safe_load((folder / 'config.yaml').read_text()))
+    differ = [f'{k}={there.get(k)} there, {v} asked' for k, v in config.flatten(settings(run, seed)).items()
+              if k not in config.BOOKKEEPING and there.get(k) != v]
+    if differ:
+        raise RunFolderError(f'{folder} holds another run ({"; ".join(differ[:4])}); set run_dir to another folder')
+    return read_summary(folder).get('state') == 'finished'
+
+
+def read_summary(folder) -> dict:
+    """The summary of a run folder, {} where there is none yet."""
+    path = Path(folder) / 'summary.json'
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_whole(path, text):
+    """Writes a file under a temporary name and renames it, so that no reader ever meets half of it."""
+    temporary = path.with_name(path.name + '.part')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def environment() -> dict:
+    """What the run ran on: source revision, package versions, device."""
+    try:
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True)
+        revision = git.stdout.strip() or None
+    except FileNotFoundError:  # no git on this machine
+        revision = None
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'hydra-core', 'wandb')
+    return {'revision': revision, 'python': platform.python_version(), 'device': jax.devices()[0].device_kind,
+            'platform': jax.default_backend(), 'device_count': jax.device_count(),
+            'versions': {p: importlib.metadata.version(p) for p in packages}}
+
+
+def _open_wandb(run, name, folder, values):
+    import wandb  # a second of start-up that a run with wandb_mode=disabled does without
+
+    flat = config.flatten(values)
+    mirror = wandb.init(
+        project=run.wandb_project, name=name, tags=[run.wandb_tag], mode=run.wandb_mode, dir=folder, reinit='create_new',
+        config={**flat, **{short: flat[key] for short, key in SHORT_NAMES.items()}},
+        settings=wandb.Settings(silent=True, console='off', x_disable_stats=True))
+    mirror.define_metric('*', step_metric='step')
+    return mirror

@@ -1,0 +1,314 @@
+"""Trains one configuration, all its seeds at once, to its horizon:  python train.py -cn mlp opt.lr=0.001 …
+
+The Hydra entry and the one loop that holds state. Functions are written for one seed; `fused` is the one place that maps them over
+several. What is jitted is a pure function of pytrees; between two evaluations the device runs stretches of steps on its own.
+"""
+import functools
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+import config
+import data
+import model as models
+import optimizer
+import record
+
+STRETCH_SECONDS = 1.0  # the device runs alone this long: host costs vanish, the bar moves and a signal is answered
+PROBE_ENTRIES = 1 << 24  # features (or logits) kept between evaluations, for their change: 64 MB at most
+
+# Names logged at each evaluation that are undefined before Adam has a second moment.
+PRECONDITIONED = ('Buvar', 'uvar', 'u2_mean', 'umean2')
+
+
+class State(NamedTuple):
+    """All that a run needs to go on, for one seed (fused: every leaf has the seeds in front)."""
+    params: Any
+    moments: Any          # the optimiser's
+    step: jax.Array       # updates done
+    loss_sum: jax.Array   # of the training batches since the last evaluation
+    loss_count: jax.Array
+    probe: tuple          # features and logits of the first test batch at the last evaluation
+
+
+class Programs(NamedTuple):
+    """The three jitted programs of a run, over all its seeds."""
+    init: Any      # keys [S, …] -> State
+    train: Any     # (state, peak_lrs, raw data [M, …], s [M], first, count) -> State, `count` steps on from the block's `first`
+    evaluate: Any  # (state, peak_lrs, test) -> State, {name: [S]}
+
+
+def programs(run, task) -> Programs:
+    graphdef, _, _ = models.structure(run.arch, run.model)
+    adam = optimizer.adam(run)
+    probe_rows = max(1, min(run.opt.B // run.derived.microbatches, PROBE_ENTRIES // (run.model.L * max(run.model.D, run.model.V))))
+
+    def loss_sum(params, batch):
+        f, _ = nnx.merge(graphdef, params)(batch.x)
+        return data.weighted_sum(task.loss(f, batch.y), batch.weight)
+
+    def gradient(params, batch):
+        """((loss sum, weight), gradient of the mean loss), the batch taken in run.derived.microbatches pieces."""
+        def piece(batch):
+            (total, weight), g = jax.value_and_grad(loss_sum, has_aux=True)(params, batch)
+            return total, weight, g
+
+        n = run.derived.microbatches
+        if n == 1:
+            total, weight, g = piece(batch)
+        else:
+            pieces = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), batch)
+            zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(piece, jax.tree.map(lambda a: a[0], pieces)))
+            (total, weight, g), _ = jax.lax.scan(lambda acc, b: (jax.tree.map(jnp.add, acc, piece(b)), None), zero, pieces)
+        return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1), g)  # weight 0: nothing counts, the gradient is 0
+
+    def probe(params, test):
+        f, h = nnx.merge(graphdef, params)(test.x[0, :probe_rows])
+        return h.astype(jnp.float32), f
+
+    def init(key, test):
+        params = models.init(run.arch, run.model, key)
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(probe, params, test))
+        return State(params, adam.init(params), jnp.int32(0), jnp.float32(0), jnp.int32(0), empty)
+
+    def train_step(state, peak_lrs, batch, s):
+        (total, weight), g = gradient(state.params, batch)
+        updates, moments = adam.update(g, state.moments, state.params)
+        params = optimizer.descend(state.params, updates, peak_lrs, s)
+        return state._replace(params=params, moments=moments, step=state.step + 1,
+                              loss_sum=state.loss_sum + total / jnp.maximum(weight, 1), loss_count=state.loss_count + 1)
+
+    def train(state, peak_lrs, raw, s, first, count):
+        def one_step(i, state):
+            batch = task.batch(jax.tree.map(lambda a: a[i], raw))
+            step = fused(train_step, state=0, peak_lrs=None, batch=0 if task.per_seed else None, s=None)
+            return step(state, peak_lrs, batch, s[i])
+
+        return jax.lax.fori_loop(first, first + count, one_step, state)
+
+    def evaluate(state, peak_lrs, test):
+        P = optimizer.preconditioner(state.moments, peak_lrs, run)
+        (totals, weights), trace = optimizer.gradient_trace(lambda b: gradient(state.params, b), test, P, run.opt.B)
+        h, f = probe(state.params, test)
+        metrics = {'test_loss': jnp.sum(totals) / jnp.sum(weights), 'train_loss': state.loss_sum / state.loss_count, **trace,
+                   'h': rms(h), 'f': rms(f), 'dh': rms(h - state.probe[0]), 'df': rms(f - state.probe[1])}
+        return state._replace(loss_sum=jnp.float32(0), loss_count=jnp.int32(0), probe=(h, f)), metrics
+
+    return Programs(
+        init=jax.jit(fused(init, key=0, test=None)),
+        train=jax.jit(train, donate_argnums=0),
+        evaluate=jax.jit(fused(evaluate, state=0, peak_lrs=None, test=None), donate_argnums=0))
+
+
+def fused(function, **axes):
+    """The function over all seeds at once: each named argument has the seeds in front (0) or is shared (None)."""
+    return jax.vmap(function, in_axes=tuple(axes.values()))
+
+
+def rms(a):
+    return jnp.sqrt(jnp.mean(a * a))
+
+
+def evaluation_points(num_evals, steps):
+    """Steps before whose update the run is evaluated: half spaced linearly, half geometrically, both ends, and `steps` itself,
+    the state after the last update."""
+    half = num_evals // 2
+    linear, geometric = np.linspace(0, steps - 1, half), np.geomspace(1, max(steps - 1, 1), half)
+    return sorted({0, steps - 1, steps, *map(int, linear), *map(int, geometric)})
+
+
+@functools.cache
+def matmul_rate(dtype='float32'):
+    """FLOP/s of this machine's matrix product, [4096, 2048]·[2048, 2048], best of five: the limit speeds are a share of."""
+    a, b = jnp.ones((4096, 2048), dtype), jnp.ones((2048, 2048), dtype)
+    multiply = jax.jit(jnp.matmul)
+    multiply(a, b).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(a, b).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 4096 * 2048 * 2048 / min(seconds)
+
+
+@contextmanager
+def interrupts():
+    """Yields a list that the signals SIGINT and SIGTERM are put into, for the loop to stop at its next meeting with the device."""
+    caught = []
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; the record says so. args: (signal number,)."""
+
+
+def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
+    """Trains every seed of a run that is not finished yet and returns the summaries of all.
+
+    on_steps is called with the steps just done and the numbers to show. Raises Interrupted after a signal; ValueError and
+    FileNotFoundError, before a folder is made, for data that cannot be used.
+    """
+    begin = time.perf_counter()
+    seeds = [seed for seed in run.all_seeds if not record.is_finished(run, seed)]
+    finished = [record.read_summary(record.folder_of(run, seed)) for seed in run.all_seeds if seed not in seeds]
+    if not seeds:
+        return finished
+    steps, S = run.derived.steps, len(seeds)
+    task = data.open_task(run, seeds)
+    _, _, roles = models.structure(run.arch, run.model)
+    peak_lrs = jax.tree.map(lambda role: np.float32(optimizer.peak_lr(role, run)), roles)
+    s = optimizer.schedule(run.opt.schedule, run.opt.decay_frac, run.derived.warmup_steps, steps)
+    lrs = run.opt.lr * s
+    tau = optimizer.gradient_flow_time(lrs)
+
+    program = programs(run, task)
+    state = program.init(jnp.stack([jax.random.key(seed) for seed in seeds]), task.test)
+    M = task.block_steps
+    s_padded = np.pad(s, (0, M), 'edge').astype(np.float32)
+    step, budget = 0, 1
+    train_seconds = eval_seconds = 0.0
+    shown = {}
+
+    with interrupts() as caught, closing(data.read_ahead(task, step)) as blocks:
+        first, raw = next(blocks)
+        start = time.perf_counter()
+        run_stretch = program.train.lower(state, peak_lrs, raw, s_padded[:M], np.int32(0), np.int32(1)).compile()
+        run_evaluation = program.evaluate.lower(state, peak_lrs, task.test).compile()
+        compile_seconds = time.perf_counter() - start
+        records = {i: record.Record(run, seed) for i, seed in enumerate(seeds)}
+
+        def close(i, outcome):
+            finished.append(records.pop(i).close(
+                outcome, steps=step, tokens=step * run.derived.tokens_per_step, **shown.get(i, {}), seeds_fused=S,
+                wall_seconds=time.perf_counter() - begin, compile_seconds=compile_seconds, train_seconds=train_seconds,
+                eval_seconds=eval_seconds, **speed(run, step * S, train_seconds)))
+
+        for point in evaluation_points(run.num_evals, steps):
+            while step < point and records and not caught:
+                if step == first + M:
+                    first, raw = next(blocks)
+                count = min(point, first + M, step + budget) - step
+                start = time.perf_counter()
+                state = run_stretch(state, peak_lrs, raw, s_padded[first:first + M], np.int32(step - first), np.int32(count))
+                train_loss = np.asarray(state.loss_sum / state.loss_count)  # waits for the device
+                seconds = time.perf_counter() - start
+                train_seconds += seconds
+                step += count
+                budget = max(1, int(STRETCH_SECONDS * count / seconds))
+                for i in [i for i in records if not np.isfinite(train_loss[i])]:
+                    close(i, 'diverged')
+                on_steps(count, {'train_loss': float(np.mean(train_loss))})
+            if caught or not records:
+                break
+
+            start = time.perf_counter()
+            state, metrics = run_evaluation(state, peak_lrs, task.test)
+            metrics = jax.device_get(metrics)  # {name: [S]}
+            eval_seconds += time.perf_counter() - start
+            if step == 0:  # nothing trained, no second moment, nothing to have changed since
+                metrics = {k: v for k, v in metrics.items() if k not in (*PRECONDITIONED, 'train_loss', 'dh', 'df')}
+            tokens = step * run.derived.tokens_per_step
+            for i in list(records):
+                if not np.isfinite(metrics['test_loss'][i]):
+                    close(i, 'diverged')
+                    continue
+                shown[i] = {'test_loss': float(metrics['test_loss'][i])}
+                records[i].log({'step': step, 'tokens': tokens, 'compute': 6.0 * tokens * run.derived.num_params, 'tau': tau[step],
+                                'lr': lrs[step], **{k: float(v[i]) for k, v in metrics.items()}})
+            on_steps(0, {'test_loss': float(np.mean(metrics['test_loss']))})
+
+        for i in list(records):
+            close(i, 'interrupted' if caught else 'finished')
+    if caught:
+        raise Interrupted(caught[0])
+    return finished
+
+
+def speed(run, steps, seconds):
+    """Throughput over all seeds of a group: training tokens a second, and the share of the machine's matmul rate it comes to."""
+    if not steps:
+        return {}
+    tokens_per_second = steps * run.derived.tokens_per_step / seconds
+    return {'tokens_per_second': tokens_per_second,
+            'matmul_share': tokens_per_second * run.derived.flops_per_token / matmul_rate(run.model.dtype or 'float32')}
+
+
+def enable_compilation_cache():
+    """Keeps compiled programs in ~/.cache/supercollapse (or $XDG_CACHE_HOME), so that a second start compiles nothing."""
+    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'supercollapse' / 'xla'
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@contextmanager
+def one_line_errors():
+    """What a user can mend ends the program with one line, a signal with its own exit code."""
+    try:
+        yield
+    except Interrupted as stop:
+        sys.exit(128 + stop.args[0])
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        text = re.sub(r'To append to your config use.*', 'configs/default.yaml lists the keys there are', str(error))
+        sys.exit('error: ' + ' '.join(text.split()))
+
+
+@hydra.main(version_base=None, config_path='configs')
+def main(cfg):
+    with one_line_errors():
+        run_config(cfg)
+
+
+def run_config(cfg):
+    """Checks and trains one composed configuration, with a bar, and prints what became of each seed."""
+    enable_compilation_cache()
+    run = config.resolve(cfg, data.vocab_size(cfg.ds_path), jax.device_count())
+    jax.config.update('jax_default_matmul_precision', run.matmul_precision)
+    d = run.derived
+    print(f'p = {d.num_params:,} parameters, {d.steps:,} steps, {d.steps * d.tokens_per_step:,} tokens, '
+          f'C = {6.0 * d.num_params * d.steps * d.tokens_per_step:.4g} FLOPs, seeds {run.all_seeds}')
+    shown = {}
+    with tqdm(total=d.steps, unit='step', desc=config.run_name(run, run.all_seeds[0]), smoothing=0.05) as bar:
+        def on_steps(steps, numbers):
+            shown.update(numbers)
+            bar.set_postfix({k: f'{v:.4f}' for k, v in shown.items()}, refresh=False)
+            bar.update(steps)
+
+        summaries = train(run, on_steps)
+    for summary in summaries:
+        print(f"seed {summary['seed']}: {summary['state']}, test_loss {summary.get('test_loss', float('nan')):.5f}, "
+              f"{summary['wall_seconds']:.0f} s at {summary.get('matmul_share', 0):.0%} of the matmul rate, in {summary['folder']}")
+    if any(summary['state'] == 'diverged' for summary in summaries):
+        sys.exit(1)
+
+
+def command_line():
+    os.environ.setdefault('HYDRA_FULL_ERROR', '1')  # errors in the overrides come to us instead of being printed by Hydra
+    if not any(a.startswith(('-cn', '--config-name', '-h', '--help', '--hydra-help')) for a in sys.argv[1:]):
+        names = ', '.join(sorted(path.stem for path in (Path(__file__).parent / 'configs').glob('*.yaml')))
+        sys.exit(f'error: no config named; choose one of {names}, e.g. python train.py -cn mlp model.D=64')
+    with one_line_errors():
+        main()
+
+
+if __name__ == '__main__':
+    command_line()
