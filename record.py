@@ -16,9 +16,10 @@ import yaml
 import config
 
 # The short names of the published logs, for W&B's config: each is the last part of one dotted key and of no other that matters.
-SHORT_NAMES = {'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh',
-               'mlp_expansion': 'model.mlp_expansion', 'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule',
-               'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens', 'num_params': 'derived.num_params', 'steps': 'derived.steps'}
+SHORT_NAMES = {
+    'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh', 'mlp_expansion': 'model.mlp_expansion',
+    'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule', 'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens',
+    'num_params': 'derived.num_params', 'steps': 'derived.steps'}
 
 
 class RunFolderError(ValueError):

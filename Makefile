@@ -1,0 +1,39 @@
+# The front door. `make help` lists the targets; each sets up .venv itself when it has to.
+PYTHON ?= python3
+RUN := .venv/bin/python
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup demo test lint bench figures lock clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/complete ## build .venv from requirements.lock (Python 3.11 or newer)
+
+.venv/complete: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: $(PYTHON) is Python {v[0]}.{v[1]}, 3.11 or newer is wanted; name one with  make PYTHON=python3.12 …")'
+	@echo "Setting up .venv (about 500 MB, one or two minutes)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+demo: .venv/complete ## train a small ladder of models live and show its table (about 5 minutes on 2 cores)
+	$(RUN) -m experiments.run experiments/demo.yaml
+
+test: .venv/complete ## run the tests
+	$(RUN) -m pytest
+
+lint: .venv/complete ## check the style
+	.venv/bin/ruff check .
+
+bench: .venv/complete ## measure the training step against this machine's matmul rate
+	$(RUN) -m benchmarks.run
+
+figures: .venv/complete ## run the notebooks on the saved logs and write their figures
+	$(RUN) -m figures.render
+
+lock: ## refresh requirements.lock from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --extra dev --python-version 3.11 --universal --upgrade --no-header --no-emit-index-url -o requirements.lock
+
+clean: ## remove .venv and caches (never runs/ or logs/)
+	rm -rf .venv .pytest_cache .ruff_cache
