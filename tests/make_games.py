@@ -1,0 +1,128 @@
+"""Chess games played by a real engine, written as the Lichess data set is: parquet and PGN. Input for tests and small runs.
+
+    python tests/make_games.py DIR --games 2000 --files 4     # needs the programs `stockfish` (Debian) and python-chess
+
+Two Stockfish players of unlike strength (skill level and nodes a move drawn per game) play from a few random moves. A game ends
+by rule or, as most do online, by resignation. Deterministic in --seed, whatever the number of processes.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+STOCKFISH = shutil.which('stockfish') or shutil.which('stockfish', path='/usr/games')
+SCHEMA = pa.schema([('Event', pa.string()), ('White', pa.string()), ('Black', pa.string()), ('Result', pa.string()),
+                    ('WhiteElo', pa.int16()), ('BlackElo', pa.int16()), ('TimeControl', pa.string()),
+                    ('movetext', pa.string())])  # fmt: skip
+
+
+class Engine:
+    """Stockfish behind a pipe: the few words of the UCI protocol that fixed-node play needs."""
+
+    def __init__(self):
+        if STOCKFISH is None:
+            raise SystemExit('make_games: no program `stockfish`; install it, e.g. with `apt-get install stockfish`')
+        self.process = subprocess.Popen([STOCKFISH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.say('uci\nsetoption name Hash value 1\nisready')
+        self.wait('readyok')
+
+    def say(self, text):
+        self.process.stdin.write(text + '\n')
+        self.process.stdin.flush()
+
+    def wait(self, word):
+        while not (line := self.process.stdout.readline()).startswith(word):
+            if not line:
+                raise RuntimeError('stockfish has stopped')
+        return line
+
+    def move(self, history, skill, nodes):
+        self.say(f'setoption name Skill Level value {skill}\nposition startpos moves {" ".join(history)}\ngo nodes {nodes}')
+        return self.wait('bestmove').split()[1]
+
+
+@functools.cache
+def engine() -> Engine:  # one a process
+    return Engine()
+
+
+def play(seed: int) -> dict:
+    """One game as a row of SCHEMA. Skill 0 … 20 stands for ratings of about 600 … 2800; every fourth game has evaluations."""
+    import chess  # here, so that reading the schema needs no python-chess
+
+    rng = random.Random(seed)
+    engine().say('ucinewgame')
+    skill, nodes = [rng.randint(0, 20) for _ in range(2)], [int(8 * 2 ** rng.uniform(0, 4)) for _ in range(2)]
+    opening, last = rng.choice([0, 2, 4, 6, 8]), int(rng.lognormvariate(4.15, 0.5))  # a median of 63 half-moves
+    board, sans, history = chess.Board(), [], []
+    while not board.is_game_over() and len(sans) < last:
+        if len(sans) < opening:
+            move = rng.choice(list(board.legal_moves))
+        else:
+            side = len(sans) % 2
+            move = chess.Move.from_uci(engine().move(history, skill[side], nodes[side]))
+        sans.append(board.san(move))
+        history.append(move.uci())
+        board.push(move)
+    result = board.result()
+    result = rng.choice(['1-0', '0-1']) if result == '*' else result
+    elos = [600 + 110 * s + rng.randint(-99, 99) for s in skill]
+    return {'Event': 'Rated Blitz game', 'White': f'sf{skill[0]}', 'Black': f'sf{skill[1]}', 'Result': result,
+            'WhiteElo': elos[0], 'BlackElo': elos[1], 'TimeControl': '180+0',
+            'movetext': movetext(sans, result, rng)}  # fmt: skip
+
+
+def movetext(sans, result, rng) -> str:
+    """Moves as Lichess writes them: numbers for both sides, clocks in braces, in some games evaluations and ?! marks."""
+    words, clocks, judged = [], [180, 180], rng.random() < 0.25
+    for i, san in enumerate(sans):
+        clocks[i % 2] = max(1, clocks[i % 2] - rng.randint(0, 4))
+        mark = rng.choice(['', '', '', '', '?!', '?', '??']) if judged else ''
+        judgement = f'[%eval {rng.uniform(-9, 9):.2f}] ' if judged else ''
+        clock = f'[%clk 0:{clocks[i % 2] // 60:02}:{clocks[i % 2] % 60:02}]'
+        words.append(f'{i // 2 + 1}.{".." * (i % 2)} {san}{mark} {{ {judgement}{clock} }}')
+    return ' '.join([*words, result])
+
+
+def games(count: int, seed: int = 0, jobs: int = 2) -> list[dict]:
+    with multiprocessing.Pool(jobs) as pool:
+        seeds = range(seed * 10**7, seed * 10**7 + count)
+        return list(tqdm(pool.imap(play, seeds, chunksize=8), total=count, unit=' games', desc='playing'))
+
+
+def write_parquet(rows: list[dict], path: Path, row_group: int = 10_000):
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, row_group_size=row_group, compression='snappy')
+
+
+def write_pgn(rows: list[dict], path: Path):
+    with open(path, 'w') as f:
+        for row in rows:
+            tags = ''.join(f'[{name} "{row[name]}"]\n' for name in SCHEMA.names[:-1])
+            f.write(f'{tags}\n{row["movetext"]}\n\n')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('dir', type=Path)
+    parser.add_argument('--games', type=int, default=2000)
+    parser.add_argument('--files', type=int, default=4, help='parquet files to spread them over (games.pgn holds all)')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--jobs', type=int, default=2)
+    args = parser.parse_args()
+    args.dir.mkdir(parents=True, exist_ok=True)
+    rows = games(args.games, args.seed, args.jobs)
+    for i in range(args.files):
+        write_parquet(rows[i :: args.files], args.dir / f'train-{i:05}-of-{args.files:05}.parquet')
+    write_pgn(rows, args.dir / 'games.pgn')
+
+
+if __name__ == '__main__':
+    main()
