@@ -1,10 +1,10 @@
-"""Final positions of many chess games at once: all boards take their n-th half-move in one NumPy step. Knows moves and FEN, no files.
+"""Final positions of many chess games at once: every board takes its n-th half-move in one NumPy step. Moves to FEN, no files.
 
-python-chess replays about 600 games a second, which for the tens of millions of a Lichess month is a day of computing; in step it is
-over an hour. The rules are written out once, below, and tested against python-chess game by game.
+python-chess replays some 600 games a second, which for the tens of millions of a Lichess month makes a day of computing; in
+step it is ten times as many. The rules are written out once, below, and tested against python-chess game by game.
 
-A board is 64 bytes, a1 = 0, b1 = 1, … h8 = 63, and a 65th that stands for every square off the board. Pieces are 1 … 6 for PNBRQK,
-and 8 more for black; 0 is empty, 7 is off the board.
+A board is 64 bytes, a1 = 0, b1 = 1, … h8 = 63, and a 65th that stands for every square off the board. Pieces are 1 … 6 for
+PNBRQK, and 8 more for black; 0 is empty, 7 is off the board.
 """
 
 import re
@@ -69,7 +69,7 @@ class Codes(dict):
 
 
 def first_met(board, squares):
-    """Look from `squares` [G] in eight directions: (squares [G, 8] of what is met first, pieces [G, 8], met beyond one step [G, 8])."""
+    """What is met first, looking from `squares` [G] in eight directions: its squares, its pieces, is it beyond one step? [G, 8]"""
     offset = 65 * np.arange(len(board))[:, None]  # board.take with flat indices takes half the time of board[rows, squares]
     step = board.take(RAY[squares] + offset[:, :, None]).astype(bool).argmax(2)
     met = RAY[squares[:, None], np.arange(8), step]
@@ -133,7 +133,7 @@ def step(board, kings, rights, ep, clock, legal, codes, own):
     rows = np.arange(len(board))
     kind, to, file, rank, promotion = codes & 7, codes >> 3 & 63, codes >> 9 & 15, codes >> 13 & 15, codes >> 17 & 7
     king = kings[own >> 3]
-    home, up, last = 7 * own, 8 - 2 * own, 7 - 7 * (own >> 3)  # first square of the own back rank; a step forward; rank to promote on
+    home, up, last = 7 * own, 8 - 2 * own, 7 - 7 * (own >> 3)  # first square of the back rank; a step forward; rank to promote on
     legal &= codes >= 0
 
     castles = np.flatnonzero(kind == 0)

@@ -1,16 +1,16 @@
 """Lichess games to token files, a character a token: train.bin, test.bin, meta.json and meta.pkl in one folder.
 
-    python prepare_chess.py                                    # January 2025 from Hugging Face: 36 files, some 20 billion tokens
-    python prepare_chess.py games/*.parquet month.pgn.zst      # or files of one's own
+    python prepare_chess.py                                  # January 2025 from Hugging Face: 36 files, some 20 billion tokens
+    python prepare_chess.py games/*.parquet month.pgn.zst    # or files of one's own
 
-Inputs are parquet files with the columns movetext, WhiteElo and BlackElo (local, or a URL that fsspec opens), and PGN files, plain or
-compressed. A game becomes `<BOS>moves|WhiteElo|BlackElo|FEN<EOS>`: moves in SAN, a ',' between White's and Black's, a ';' between
-rounds, comments, move numbers and result left out, FEN that of the final position (Qiu et al. 2025, appendix A).
+Inputs are parquet files with the columns movetext, WhiteElo and BlackElo (local, or a URL that fsspec opens), and PGN files,
+plain or compressed. A game becomes `<BOS>moves|WhiteElo|BlackElo|FEN<EOS>`: moves in SAN, a ',' between White's and Black's,
+a ';' between rounds, without comments, move numbers and result; FEN that of the final position (Qiu et al. 2025, appendix A).
 
-Every input file becomes one piece, its games dealt at random into BUCKETS groups (by a generator of the seed and the file's number);
-then each group, read from all pieces, is shuffled in memory and written. That is a uniform shuffle of all games (Rao 1961,
-Sandelius 1962), of which the last --test-games are the test set. Killed and started again, a run keeps the pieces it had finished and
-ends in the same bytes. Memory is a few hundred MB a process (--jobs), disk twice the result while it runs.
+Every input file becomes one piece, its games dealt at random into BUCKETS groups (by a generator of the seed and the file's
+number); then each group, read from all pieces, is shuffled in memory and written. That is a uniform shuffle of all games
+(Rao 1961, Sandelius 1962), of which the last --test-games are the test set. Killed and started again, a run keeps the pieces
+it had finished and ends in the same bytes. Memory is some 200 MB a process (--jobs); the disk holds twice the result at most.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def tokenise(texts, whites, blacks, codes: Codes, position: bool) -> tuple[list[
 
 
 def read_file(number: int, path: str, folder: Path, seed: int, position: bool):
-    """One input file to NUMBER.games, its games chunk by chunk in order of their buckets, and then NUMBER.json, which completes it."""
+    """One input file to NUMBER.games, each chunk in order of its buckets, and then NUMBER.json, which completes it."""
     rng, codes = np.random.default_rng([seed, number]), Codes()
     chunks, counts, skipped = [], Counter(), Counter()
     part = folder / f'{number:05}.part'
@@ -228,8 +228,8 @@ def read_files(paths, folder, seed, position, jobs, total):
                 for future in finished:
                     future.result()
         except BrokenProcessPool as e:
-            raise ValueError(f'a reading process was killed, perhaps for want of memory; start again with --jobs {max(1, jobs // 2)}, '
-                             'finished files are kept') from e
+            raise ValueError('a reading process was killed, perhaps for want of memory; start again with --jobs '
+                             f'{max(1, jobs // 2)}, finished files are kept') from e
         finally:
             event.set()
             pool.shutdown(cancel_futures=True)
@@ -303,7 +303,8 @@ def main():
     parser.add_argument('--jobs', type=int, default=min(8, os.cpu_count()), help='files read at once, some 200 MB of memory each')
     args = parser.parse_args()
     paths = sorted(args.inputs) or [LICHESS.format(i) for i in range(36)]
-    prepare.run('prepare_chess', args.out, lambda: make(paths, args.out, args.seed, args.test_games, not args.no_position, args.jobs))
+    options = args.seed, args.test_games, not args.no_position, args.jobs
+    prepare.run('prepare_chess', args.out, lambda: make(paths, args.out, *options))
 
 
 if __name__ == '__main__':
