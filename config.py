@@ -71,6 +71,7 @@ class Config:
     seed: int
     seeds: list[int] | None
     run_dir: str | None
+    checkpoint_minutes: float
     wandb_mode: str
     wandb_project: str
     wandb_tag: str
@@ -195,7 +196,8 @@ def _check_values(cfg):
     positive = {'model.base_D': m.base_D, 'model.D': m.D, 'model.match_mup_at_D': m.match_mup_at_D, 'model.dh': m.dh,
                 'model.mlp_expansion': m.mlp_expansion, 'model.L': m.L, 'model.N': m.N, 'model.V': m.V, 'opt.B': o.B,
                 'opt.B_max': o.B_max, 'opt.lr': o.lr, 'opt.decay_frac': o.decay_frac, 'token_per_param': cfg.token_per_param,
-                'scale': cfg.scale, 'exponent': cfg.exponent, 'T': cfg.T, 'T_eval': cfg.T_eval, 'num_evals': cfg.num_evals}
+                'scale': cfg.scale, 'exponent': cfg.exponent, 'T': cfg.T, 'T_eval': cfg.T_eval, 'num_evals': cfg.num_evals,
+                'checkpoint_minutes': cfg.checkpoint_minutes}
     for key, value in positive.items():
         if value is not None and not 0 < value < float('inf'):
             raise ConfigError(f'{key}={value} must be positive and finite')
@@ -243,7 +245,7 @@ def as_dict(run, seed) -> dict:
 
 
 # Keys that say where a run is written, not what is computed.
-BOOKKEEPING = ('run_dir', 'wandb_mode', 'wandb_project', 'wandb_tag')
+BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'wandb_mode', 'wandb_project', 'wandb_tag')
 
 
 def flatten(values, prefix='') -> dict:

@@ -32,6 +32,7 @@ class Task(NamedTuple):
     loss: Callable[[Any, Any], Any]      # (f, y) -> loss of every target, shaped like y
     test: Batch                          # the test batches, stacked: [n, B, …]
     per_seed: bool                       # raw data has a seed axis, [M, S, …]: every seed has its own order
+    in_rows: bool                        # raw data has the B examples, [M, (S,) B, …], and is not what they are made from
 
 
 def open_task(run, seeds) -> Task:
@@ -49,15 +50,20 @@ def weighted_sum(loss, weight):
     return jnp.sum(loss * weight), jnp.sum(weight, dtype=jnp.float32)
 
 
-def read_ahead(task, first_step):
-    """Yields (first step, raw data) of each block from the one that holds first_step on, the next being read meanwhile."""
+def read_ahead(task, first_step, place):
+    """Yields (first step, raw data) of each block from the one that holds first_step on; the next is read, and placed on the
+    devices by `place`, meanwhile."""
+    def fetch(k):
+        return place(task.block(k))
+
     k = first_step // task.block_steps
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(task.block, k)
+        ahead = reader.submit(fetch, k)
         while True:
-            block, ahead = ahead.result(), reader.submit(task.block, k + 1)
-            yield k * task.block_steps, block
+            block = ahead.result()
             k += 1
+            ahead = reader.submit(fetch, k)
+            yield (k - 1) * task.block_steps, block
 
 
 # Power-law regression (paper, appendix A): y = Σ_i w_i √2 cos(2π k_i·x + φ_i), x uniform on [-½, ½]^8
@@ -135,7 +141,7 @@ def fourier_task(run) -> Task:
 
     test_keys = sample_keys(jax.random.PRNGKey(44), run.derived.num_test_batches)[1]
     test = jax.jit(lambda keys: jax.lax.map(draw, keys))(test_keys)
-    return Task(BLOCK_STEPS, block, draw, lambda f, y: 0.5 * (f[:, 0] - y) ** 2, test, per_seed=False)
+    return Task(BLOCK_STEPS, block, draw, lambda f, y: 0.5 * (f[:, 0] - y) ** 2, test, per_seed=False, in_rows=False)
 
 
 # Next-token prediction from token files
@@ -166,7 +172,7 @@ def token_task(run, seeds) -> Task:
         return Batch(tokens, y, weight)
 
     test = batch(held_out.read(0, n * B * L).reshape(n, B, L))
-    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, jax.device_put(test), per_seed=run.shuffle)
+    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, test, per_seed=run.shuffle, in_rows=True)
 
 
 @partial(jax.jit, static_argnums=2)

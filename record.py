@@ -7,10 +7,12 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
 import jax
+import numpy as np
 import yaml
 
 import config
@@ -27,15 +29,17 @@ class RunFolderError(ValueError):
 
 
 class Record:
-    """Writes one run as it happens; opening it begins the run's history anew."""
+    """Writes one run as it happens. It goes on from the rows in the folder up to the step `evaluated`."""
 
-    def __init__(self, run, seed):
+    def __init__(self, run, seed, evaluated=-1):
         self.seed, self.name, self.folder = seed, config.run_name(run, seed), folder_of(run, seed)
         values = settings(run, seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / 'summary.json').unlink(missing_ok=True)
         write_whole(self.folder / 'config.yaml', yaml.safe_dump({**values, 'environment': environment()}, sort_keys=False))
-        self.history = open(self.folder / 'history.jsonl', 'w')
+        rows = [row for row in read_history(self.folder) if row['step'] <= evaluated]
+        write_whole(self.folder / 'history.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+        self.history = open(self.folder / 'history.jsonl', 'a')
         self.wandb = _open_wandb(run, self.name, self.folder, values) if run.wandb_mode != 'disabled' else None
 
     def log(self, row):
@@ -46,11 +50,23 @@ class Record:
         if self.wandb:
             self.wandb.log(row)
 
+    def save(self, state):
+        """Saves one seed's state under its step, complete or not at all; the two newest are kept."""
+        checkpoints = open_checkpoints(self.folder)
+        checkpoints.save(int(state.step), args=_orbax().args.StandardSave(state))
+        checkpoints.close()
+
     def close(self, state, **numbers):
-        """Ends the record in `state` ('finished', 'diverged' or 'interrupted') with the run's last numbers. Returns the summary."""
-        summary = {'state': state, 'name': self.name, 'seed': self.seed, 'folder': str(self.folder), **numbers}
+        """Ends the record in `state` ('finished', 'diverged' or 'interrupted') with the run's last numbers and its last losses.
+
+        Returns the summary. The checkpoints of a run that has ended are removed.
+        """
         self.history.close()
+        last = {k: v for row in read_history(self.folder)[-1:] for k, v in row.items() if k in ('test_loss', 'train_loss')}
+        summary = {'state': state, 'name': self.name, 'seed': self.seed, 'folder': str(self.folder), **last, **numbers}
         write_whole(self.folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        if state != 'interrupted':
+            shutil.rmtree(self.folder / 'checkpoints', ignore_errors=True)
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish(exit_code=0 if state == 'finished' else 1)
@@ -88,6 +104,38 @@ def read_summary(folder) -> dict:
     """The summary of a run folder, {} where there is none yet."""
     path = Path(folder) / 'summary.json'
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_history(folder) -> list[dict]:
+    """The rows of history.jsonl, without a last line that a kill cut short."""
+    path = Path(folder) / 'history.jsonl'
+    lines = path.read_text().split('\n')[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _orbax():
+    import orbax.checkpoint  # a second of start-up that a short run does without
+
+    return orbax.checkpoint
+
+
+def open_checkpoints(folder):
+    """Orbax's manager of the checkpoints in a run's folder."""
+    options = _orbax().CheckpointManagerOptions(max_to_keep=2)
+    return _orbax().CheckpointManager((Path(folder) / 'checkpoints').absolute(), options=options)
+
+
+def newest_checkpoint(folders) -> int | None:
+    """The newest step that every one of the folders holds a checkpoint of, None if there is none."""
+    steps = [set(open_checkpoints(f).all_steps()) if (f / 'checkpoints').exists() else set() for f in folders]
+    return max(set.intersection(*steps), default=None)
+
+
+def restore(folders, step, like):
+    """The states saved at `step` in each folder, stacked: NumPy leaves [S, …]. like: the abstract state of one seed."""
+    wanted = _orbax().args.StandardRestore(jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like))
+    states = [open_checkpoints(f).restore(step, args=wanted) for f in folders]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
 
 def write_whole(path, text):

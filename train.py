@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from hydra.errors import HydraException
+from jax.sharding import NamedSharding, PartitionSpec
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
@@ -31,8 +33,8 @@ import record
 STRETCH_SECONDS = 1.0  # the device runs alone this long: host costs vanish, the bar moves and a signal is answered
 PROBE_ENTRIES = 1 << 24  # features (or logits) kept between evaluations, for their change: 64 MB at most
 
-# Names logged at each evaluation that are undefined before Adam has a second moment.
-PRECONDITIONED = ('Buvar', 'uvar', 'u2_mean', 'umean2')
+# What has no value before the first update: no second moment, no training loss, nothing to have changed since.
+UNDEFINED_AT_START = ('Buvar', 'uvar', 'u2_mean', 'umean2', 'train_loss', 'dh', 'df')
 
 
 class State(NamedTuple):
@@ -46,10 +48,12 @@ class State(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The three jitted programs of a run, over all its seeds."""
-    init: Any      # keys [S, …] -> State
+    """The three jitted programs of a run, over all its seeds, and where their data lives."""
+    init: Any      # (keys [S, …], test) -> State
     train: Any     # (state, peak_lrs, raw data [M, …], s [M], first, count) -> State, `count` steps on from the block's `first`
     evaluate: Any  # (state, peak_lrs, test) -> State, {name: [S]}
+    raw_sharding: Any   # of the raw data and of the test batches: examples are split over all devices
+    test_sharding: Any
 
 
 def programs(run, task) -> Programs:
@@ -94,7 +98,7 @@ def programs(run, task) -> Programs:
 
     def train(state, peak_lrs, raw, s, first, count):
         def one_step(i, state):
-            batch = task.batch(jax.tree.map(lambda a: a[i], raw))
+            batch = jax.lax.with_sharding_constraint(task.batch(jax.tree.map(lambda a: a[i], raw)), over_devices(per_seed))
             step = fused(train_step, state=0, peak_lrs=None, batch=0 if task.per_seed else None, s=None)
             return step(state, peak_lrs, batch, s[i])
 
@@ -108,10 +112,27 @@ def programs(run, task) -> Programs:
                    'h': rms(h), 'f': rms(f), 'dh': rms(h - state.probe[0]), 'df': rms(f - state.probe[1])}
         return state._replace(loss_sum=jnp.float32(0), loss_count=jnp.int32(0), probe=(h, f)), metrics
 
+    mesh = jax.sharding.Mesh(jax.devices(), ('data',))
+    per_seed = [None] * task.per_seed  # axes in front of a batch's examples
+
+    def over_devices(axes_before):
+        return NamedSharding(mesh, PartitionSpec(*axes_before, 'data'))
+
+    def home(a):  # of a state's leaf [S, …]: whole on every device, or with FSDP split along its longest axis that divides
+        axes = [i for i in range(1, a.ndim) if a.shape[i] % mesh.size == 0] if run.model.fsdp_enabled else []
+        longest = max(axes, key=lambda i: a.shape[i], default=None)
+        return NamedSharding(mesh, PartitionSpec(*['data' if i == longest else None for i in range(a.ndim)]))
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    init = fused(init, key=0, test=None)
+    state_homes = jax.tree.map(home, jax.eval_shape(init, jax.random.split(jax.random.key(0), 2), task.test))
     return Programs(
-        init=jax.jit(fused(init, key=0, test=None)),
-        train=jax.jit(train, donate_argnums=0),
-        evaluate=jax.jit(fused(evaluate, state=0, peak_lrs=None, test=None), donate_argnums=0))
+        init=jax.jit(init, out_shardings=state_homes),
+        train=jax.jit(train, donate_argnums=0, out_shardings=state_homes),
+        evaluate=jax.jit(fused(evaluate, state=0, peak_lrs=None, test=None), donate_argnums=0,
+                         out_shardings=(state_homes, everywhere)),
+        raw_sharding=over_devices([None, *per_seed]) if task.in_rows else everywhere,
+        test_sharding=over_devices([None]))
 
 
 def fused(function, **axes):
@@ -133,16 +154,16 @@ def evaluation_points(num_evals, steps):
 
 @functools.cache
 def matmul_rate(dtype='float32'):
-    """FLOP/s of this machine's matrix product, [4096, 2048]·[2048, 2048], best of five: the limit speeds are a share of."""
-    a, b = jnp.ones((4096, 2048), dtype), jnp.ones((2048, 2048), dtype)
+    """FLOP/s of this machine's matrix product, [2048, 2048]·[2048, 2048], best of five: the limit speeds are a share of."""
+    a = jnp.ones((2048, 2048), dtype)
     multiply = jax.jit(jnp.matmul)
-    multiply(a, b).block_until_ready()
+    multiply(a, a).block_until_ready()
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        multiply(a, b).block_until_ready()
+        multiply(a, a).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * 4096 * 2048 * 2048 / min(seconds)
+    return 2 * 2048**3 / min(seconds)
 
 
 @contextmanager
@@ -162,85 +183,114 @@ class Interrupted(Exception):
 
 
 def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
-    """Trains every seed of a run that is not finished yet and returns the summaries of all.
+    """Trains every seed of a run that is not finished yet, from its newest checkpoint on, and returns the summaries of all.
 
-    on_steps is called with the steps just done and the numbers to show. Raises Interrupted after a signal; ValueError and
-    FileNotFoundError, before a folder is made, for data that cannot be used.
+    on_steps is called with the steps just done and the numbers to show. Raises Interrupted after a signal, the state saved;
+    ValueError and FileNotFoundError, before a folder is made, for data that cannot be used.
     """
     begin = time.perf_counter()
     seeds = [seed for seed in run.all_seeds if not record.is_finished(run, seed)]
-    finished = [record.read_summary(record.folder_of(run, seed)) for seed in run.all_seeds if seed not in seeds]
+    summaries = [record.read_summary(record.folder_of(run, seed)) for seed in run.all_seeds if seed not in seeds]
     if not seeds:
-        return finished
-    steps, S = run.derived.steps, len(seeds)
+        return summaries
     task = data.open_task(run, seeds)
+    program = programs(run, task)
+    test = jax.device_put(task.test, program.test_sharding)
+    state, evaluated = newest_state(run, program, seeds, test)
+    step = start = int(state.step[0])
+    on_steps(step, {})
+
     _, _, roles = models.structure(run.arch, run.model)
     peak_lrs = jax.tree.map(lambda role: np.float32(optimizer.peak_lr(role, run)), roles)
-    s = optimizer.schedule(run.opt.schedule, run.opt.decay_frac, run.derived.warmup_steps, steps)
+    s = optimizer.schedule(run.opt.schedule, run.opt.decay_frac, run.derived.warmup_steps, run.derived.steps)
     lrs = run.opt.lr * s
     tau = optimizer.gradient_flow_time(lrs)
-
-    program = programs(run, task)
-    state = program.init(jnp.stack([jax.random.key(seed) for seed in seeds]), task.test)
     M = task.block_steps
     s_padded = np.pad(s, (0, M), 'edge').astype(np.float32)
-    step, budget = 0, 1
-    train_seconds = eval_seconds = 0.0
-    shown = {}
 
-    with interrupts() as caught, closing(data.read_ahead(task, step)) as blocks:
+    clock = Counter()
+    place = functools.partial(jax.device_put, device=program.raw_sharding)
+    with interrupts() as caught, closing(data.read_ahead(task, step, place)) as blocks:
         first, raw = next(blocks)
-        start = time.perf_counter()
-        run_stretch = program.train.lower(state, peak_lrs, raw, s_padded[:M], np.int32(0), np.int32(1)).compile()
-        run_evaluation = program.evaluate.lower(state, peak_lrs, task.test).compile()
-        compile_seconds = time.perf_counter() - start
-        records = {i: record.Record(run, seed) for i, seed in enumerate(seeds)}
+        with timed(clock, 'compile_seconds'):
+            run_stretch = program.train.lower(state, peak_lrs, raw, s_padded[:M], np.int32(0), np.int32(1)).compile()
+            run_evaluation = program.evaluate.lower(state, peak_lrs, test).compile()
+        records = {i: record.Record(run, seed, evaluated) for i, seed in enumerate(seeds)}  # of the seeds still in training
 
         def close(i, outcome):
-            finished.append(records.pop(i).close(
-                outcome, steps=step, tokens=step * run.derived.tokens_per_step, **shown.get(i, {}), seeds_fused=S,
-                wall_seconds=time.perf_counter() - begin, compile_seconds=compile_seconds, train_seconds=train_seconds,
-                eval_seconds=eval_seconds, **speed(run, step * S, train_seconds)))
+            steps = (step - start) * len(seeds)
+            summaries.append(records.pop(i).close(outcome, steps=step, tokens=step * run.derived.tokens_per_step, **clock,
+                                                  wall_seconds=time.perf_counter() - begin, seeds_fused=len(seeds),
+                                                  **speed(run, steps, clock['train_seconds'])))
 
-        for point in evaluation_points(run.num_evals, steps):
+        def save():
+            for i, one in records.items():
+                one.save(jax.tree.map(lambda a, i=i: a[i], state))
+
+        budget, saved = 1, time.monotonic()
+        for point in evaluation_points(run.num_evals, run.derived.steps):
+            if point <= evaluated:
+                continue
             while step < point and records and not caught:
                 if step == first + M:
                     first, raw = next(blocks)
                 count = min(point, first + M, step + budget) - step
-                start = time.perf_counter()
-                state = run_stretch(state, peak_lrs, raw, s_padded[first:first + M], np.int32(step - first), np.int32(count))
-                train_loss = np.asarray(state.loss_sum / state.loss_count)  # waits for the device
-                seconds = time.perf_counter() - start
-                train_seconds += seconds
+                before = clock['train_seconds']
+                with timed(clock, 'train_seconds'):
+                    state = run_stretch(state, peak_lrs, raw, s_padded[first:first + M], np.int32(step - first), np.int32(count))
+                    train_loss = np.asarray(state.loss_sum / state.loss_count)  # waits for the device
                 step += count
-                budget = max(1, int(STRETCH_SECONDS * count / seconds))
+                budget = max(1, int(STRETCH_SECONDS * count / (clock['train_seconds'] - before)))
                 for i in [i for i in records if not np.isfinite(train_loss[i])]:
                     close(i, 'diverged')
-                on_steps(count, {'train_loss': float(np.mean(train_loss))})
+                on_steps(count, {'train_loss': np.mean(train_loss[list(records)])} if records else {})
+                if time.monotonic() - saved > 60 * run.checkpoint_minutes:
+                    save()
+                    saved = time.monotonic()
             if caught or not records:
                 break
 
-            start = time.perf_counter()
-            state, metrics = run_evaluation(state, peak_lrs, task.test)
-            metrics = jax.device_get(metrics)  # {name: [S]}
-            eval_seconds += time.perf_counter() - start
-            if step == 0:  # nothing trained, no second moment, nothing to have changed since
-                metrics = {k: v for k, v in metrics.items() if k not in (*PRECONDITIONED, 'train_loss', 'dh', 'df')}
+            with timed(clock, 'eval_seconds'):
+                state, metrics = run_evaluation(state, peak_lrs, test)
+                metrics = jax.device_get(metrics)  # {name: [S]}
+            if step == 0:
+                metrics = {k: v for k, v in metrics.items() if k not in UNDEFINED_AT_START}
             tokens = step * run.derived.tokens_per_step
             for i in list(records):
                 if not np.isfinite(metrics['test_loss'][i]):
                     close(i, 'diverged')
                     continue
-                shown[i] = {'test_loss': float(metrics['test_loss'][i])}
                 records[i].log({'step': step, 'tokens': tokens, 'compute': 6.0 * tokens * run.derived.num_params, 'tau': tau[step],
                                 'lr': lrs[step], **{k: float(v[i]) for k, v in metrics.items()}})
-            on_steps(0, {'test_loss': float(np.mean(metrics['test_loss']))})
+            on_steps(0, {'test_loss': np.mean(metrics['test_loss'][list(records)])} if records else {})
 
+        if caught and step:
+            save()
         for i in list(records):
             close(i, 'interrupted' if caught else 'finished')
     if caught:
         raise Interrupted(caught[0])
-    return finished
+    return summaries
+
+
+def newest_state(run, program, seeds, test):
+    """The state to go on from, [S, …], and the last step already evaluated: those of the newest checkpoint that all the seeds
+    have, or else the initial state and -1."""
+    state = program.init(jnp.stack([jax.random.key(seed) for seed in seeds]), test)
+    folders = [record.folder_of(run, seed) for seed in seeds]
+    step = record.newest_checkpoint(folders)
+    if step is None:
+        return state, -1
+    one_seed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
+    state = jax.device_put(record.restore(folders, step, one_seed), jax.tree.map(lambda a: a.sharding, state))
+    return state, step if state.loss_count[0] == 0 else step - 1  # saved after the evaluation at its step, or before
+
+
+@contextmanager
+def timed(clock, name):
+    start = time.perf_counter()
+    yield
+    clock[name] += time.perf_counter() - start
 
 
 def speed(run, steps, seconds):
