@@ -200,8 +200,7 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     step = start = int(state.step[0])
     on_steps(step, {})
 
-    _, _, roles = models.structure(run.arch, run.model)
-    peak_lrs = jax.tree.map(lambda role: np.float32(optimizer.peak_lr(role, run)), roles)
+    peak_lrs = peak_rates(run)
     s = optimizer.schedule(run.opt.schedule, run.opt.decay_frac, run.derived.warmup_steps, run.derived.steps)
     lrs = run.opt.lr * s
     tau = optimizer.gradient_flow_time(lrs)
@@ -271,6 +270,12 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     if caught:
         raise Interrupted(caught[0])
     return summaries
+
+
+def peak_rates(run):
+    """The peak learning rate of every weight, like the parameters."""
+    _, _, roles = models.structure(run.arch, run.model)
+    return jax.tree.map(lambda role: np.float32(optimizer.peak_lr(role, run)), roles)
 
 
 def newest_state(run, program, seeds, test):
