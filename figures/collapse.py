@@ -1,0 +1,343 @@
+"""Scaling collapse: normalised loss curves, their spread Δ between and within models, the noise floor σ, the verdict.
+
+Qiu et al. (2025) §2.3-2.5, eqs. 1-4, and §3.3, eq. 24 for the predicted quality. A curve is normalised by its own compute
+C* and its own final reducible loss; the floor L0 comes from scaling_law.py and its uncertainty is carried through.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from figures import command, scaling_law
+from figures.scaling_law import interval
+from figures.table import LogError, require, runs
+
+GRID = np.arange(1, 101) / 100  # normalised compute x
+
+
+class Curves(NamedTuple):
+    """A ladder's loss curves at common normalised compute, model by model."""
+    x: np.ndarray        # [K] C/C*, increasing, the last is 1
+    loss: np.ndarray     # [R, K] one row a run
+    model: np.ndarray    # [R] index into p
+    p: np.ndarray        # [M] parameters, increasing
+    run: list            # R run names
+    lr: np.ndarray       # [K] rate over peak rate, mean over runs; NaN if the log has none
+    tau: np.ndarray      # [K] τ/τ*, mean over runs; NaN if the log has none
+
+
+class Spread(NamedTuple):
+    """Variation of a collapse at each x."""
+    mean: np.ndarray     # [K] normalised curve, every model counting alike
+    delta: np.ndarray    # [K] collapse tolerance Δ, eq. 2
+    between: np.ndarray  # [K] share of Δ between models: V_p E_ω of eq. 4, as a relative deviation
+    within: np.ndarray   # [K] share of Δ within a model: E_p V_ω of eq. 4; between² + within² = delta² for ddof 0
+    sigma: np.ndarray    # [M, K] noise floor σ(x, p), eq. 3; NaN for a model with one seed
+
+
+def ladder(table):
+    """The table, checked to be one scaling ladder: one schedule, one tag, one horizon a model. LogError otherwise."""
+    require(table, ['num_params', 'compute', 'test_loss'], 'a collapse')
+    ends = runs(table)
+    for column in ('schedule', 'decay_frac', 'tag', 'match_mup_at_D'):
+        values = ends[column].dropna().unique() if column in ends else []
+        if len(values) > 1:
+            raise LogError(f'a collapse compares runs that differ in size and seed alone, and the log has {column} '
+                           f'{", ".join(map(str, sorted(values)))}; choose one with --where {column}=…')
+    horizon = scaling_law.horizon_of(table)
+    by_model = horizon.groupby(ends['num_params'])
+    wide = by_model.max() / by_model.min() > 1.02
+    if wide.any():
+        p = wide.idxmax()
+        raise LogError(f'the runs of the model with {p:.4g} parameters have horizons from {by_model.min()[p]:.4g} to '
+                       f'{by_model.max()[p]:.4g} FLOPs; choose one ladder, e.g. with --where T=…')
+    return table
+
+
+def curves(table, x=GRID):
+    """Losses of every run at x·C*, interpolated in (log C, log L); x is cut to where every run has data."""
+    table = ladder(table)
+    ends, horizon = runs(table), scaling_law.horizon_of(table)
+    positive = table[table['compute'] > 0]
+    first = (positive.groupby('run')['compute'].first() / horizon).max()
+    x = np.asarray(x, float)
+    x = x[x >= first]
+    if not len(x) or x[-1] != 1:
+        raise LogError('the grid of normalised compute must end at 1 and begin where the runs do')
+    p = np.unique(ends['num_params'])
+    names, model, loss, lr, tau = [], [], [], [], []
+    for run, rows in positive.groupby('run', sort=False):
+        at = x * horizon[run]
+        C = rows['compute'].to_numpy()
+        at[-1] = min(at[-1], C[-1])  # C* of a run that stops one evaluation short of it
+        names.append(run)
+        model.append(np.searchsorted(p, ends.at[run, 'num_params']))
+        loss.append(scaling_law.loss_at(rows, at))
+        lr.append(np.interp(at, C, rows['lr'] / ends.at[run, 'peak_lr']) if {'lr', 'peak_lr'} <= set(rows) else at * np.nan)
+        tau.append(np.interp(at, C, rows['tau']) if 'tau' in rows else at * np.nan)
+    order = np.argsort(model, kind='stable')
+    tau = np.array(tau)
+    return Curves(x, np.array(loss)[order], np.array(model)[order], p, [names[i] for i in order],
+                  np.mean(lr, 0), np.mean(tau / tau[:, -1:], 0))
+
+
+def normalise(curves, L0, by='own'):
+    """ℓ [R, K] = (L(x) - L0)/(L(1) - L0), eq. 1; `by` is whose L(1): the run's 'own', or the 'expected' one, the mean of
+    its model's seeds (§3.3: that undoes the cancellation of the seeds' shared noise).
+
+    L0 may carry leading axes. Raises LogError unless L0 is below every final loss.
+    """
+    L0 = np.asarray(L0, float)
+    if not (L0 < curves.loss[:, -1].min()).all():
+        raise LogError(f'L0={L0.max():g} is not below every final loss (the smallest is {curves.loss[:, -1].min():.6g})')
+    reducible = curves.loss - L0[..., None, None]
+    final = reducible[..., -1:]
+    if by == 'expected':
+        final = (_weights(curves.model)[1] @ final)[..., curves.model, :]
+    return reducible / final
+
+
+def _weights(model):
+    """(weight of each run [R], so that every model counts alike; averaging matrix [M, R] over a model's seeds)."""
+    count = np.bincount(model)
+    average = (model[None] == np.arange(len(count))[:, None]) / count[:, None]
+    return average.sum(0) / len(count), average
+
+
+def spread(curves, L0, ddof=0, by='own', weight=None):
+    """Δ, σ and the split of Δ² between and within models (eqs. 2-4), as a Spread.
+
+    ddof 0 is the variance of the runs at hand, as published; ddof 1 estimates that of the population (σ rises by 12% with
+    five seeds). `weight` [R] recounts the runs of a model (a bootstrap draw); leading axes of L0 and weight broadcast.
+    """
+    ell = normalise(curves, L0, by)                                            # [..., R, K]
+    count = np.ones(len(curves.model)) if weight is None else np.asarray(weight, float)
+    member = (curves.model[None] == np.arange(len(curves.p))[:, None]) * count[..., None, :]   # [..., M, R]
+    seeds = member.sum(-1, keepdims=True)
+    average = member / seeds
+    model_mean = average @ ell                                                 # [..., M, K]
+    model_square = average @ ell ** 2
+    R = len(curves.model)
+    mean = model_mean.mean(-2)
+    inner = np.maximum(model_square - model_mean ** 2, 0)                      # V_ω, ddof 0
+    between = np.maximum((model_mean ** 2).mean(-2) - mean ** 2, 0)            # V_p E_ω
+    within = inner.mean(-2)                                                    # E_p V_ω
+    total = between + within
+    factor = R / (R - ddof) if R > ddof else np.nan
+    reducible = curves.loss - np.asarray(L0, float)[..., None, None]
+    level, square = average @ reducible, average @ reducible ** 2
+    with np.errstate(invalid='ignore', divide='ignore'):
+        bessel = np.where(seeds > 1, seeds / (seeds - ddof), np.nan)           # one seed has no noise floor
+        sigma = np.sqrt(np.maximum(square - level ** 2, 0) * bessel) / level
+        return Spread(mean, np.sqrt(total * factor) / mean, np.sqrt(between) / mean, np.sqrt(within) / mean, sigma)
+
+
+def onset(x, delta, sigma):
+    """Smallest x from which Δ < σ at every later x < 1, or NaN. Δ(1) = 0 by construction, so x = 1 alone is no evidence.
+
+    delta and sigma [..., K]; NaN in sigma (one seed) gives NaN too, as nothing can be told.
+    """
+    below = (delta < sigma)[..., :-1]
+    from_here = np.flip(np.logical_and.accumulate(np.flip(below, -1), -1), -1)
+    found = from_here.any(-1)
+    return np.where(found, x[np.argmax(from_here, -1)], np.nan)
+
+
+class Verdict(NamedTuple):
+    mean: float            # x from which Δ < σ averaged over models, NaN if never
+    every_model: float     # x from which Δ < σ of every model, NaN if never
+    worst_model: dict      # the model whose mean normalised curve departs most, and by how much
+    worst_run: dict        # the run that departs most from its own model
+
+
+def verdict(curves, result, L0):
+    """Where supercollapse begins, by both readings of the paper (§2.5), and who departs most.
+
+    Departures are root mean squares over 0.1 <= x < 1 of the relative distance to the mean normalised curve.
+    """
+    average_floor, lowest_floor = result.sigma.mean(0), result.sigma.min(0)
+    if len(curves.p) < 2:  # one model collapses onto itself: no verdict
+        average_floor = lowest_floor = np.full_like(result.delta, np.nan)
+    late = (curves.x >= 0.1) & (curves.x < 1)
+    ell = normalise(curves, L0)
+    model_mean = _weights(curves.model)[1] @ ell
+    apart = np.sqrt((((model_mean / result.mean - 1)[:, late]) ** 2).mean(-1))
+    alone = np.sqrt((((ell / model_mean[curves.model] - 1)[:, late]) ** 2).mean(-1))
+    worst, odd = int(apart.argmax()), int(alone.argmax())
+    return Verdict(float(onset(curves.x, result.delta, average_floor)), float(onset(curves.x, result.delta, lowest_floor)),
+                   {'num_params': float(curves.p[worst]), 'departure': float(apart[worst])},
+                   {'run': curves.run[odd], 'num_params': float(curves.p[curves.model[odd]]), 'departure': float(alone[odd])})
+
+
+class Uncertainty(NamedTuple):
+    """Draws over seeds and L0 together."""
+    L0: np.ndarray         # [S]
+    delta: np.ndarray      # [S, K]
+    sigma: np.ndarray      # [S, K] mean over models
+    mean: np.ndarray       # [S]    onset, every draw
+    every_model: np.ndarray
+
+
+def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
+    """Resample the seeds within each model; refit L0 to their final losses; recompute Δ, σ and the onset.
+
+    The n seeds of a draw show (n-1)/n of the variance of the n at hand, in Δ's part within models and in σ alike; both are
+    stretched back. None if every model has one seed and L0 is fixed: there is nothing to draw.
+    """
+    rng = np.random.default_rng(seed)
+    seeds = np.bincount(curves.model)
+    if fixed_L0 is None:
+        losses, _ = scaling_law.resampled_losses(points, law, draws, np.random.default_rng(seed))
+        L0 = np.full(draws, law.L0) if losses is None else scaling_law.fit_batch(points.compute, losses, law)['L0']
+        L0 = np.minimum(L0, curves.loss[:, -1].min() * (1 - 1e-6))
+    elif seeds.max() == 1:
+        return None
+    else:
+        L0 = np.full(draws, fixed_L0)
+    delta, sigma, mean, every = [], [], [], []
+    for value in L0:
+        weight = np.concatenate([np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds])
+        one = spread(curves, value, ddof, weight=weight)
+        # Two corrections for drawing with replacement: the variance within models comes back, and the noise that
+        # resampling adds to each model's mean goes.
+        shrink = np.where(seeds > 1, 1 - 1 / seeds, 1).mean()
+        between = np.maximum(one.between ** 2 - one.within ** 2 / shrink / seeds.mean() * (seeds.max() > 1), 0)
+        d = np.sqrt(between + one.within ** 2 / shrink) * _pooled(ddof, len(curves.model))
+        s = one.sigma / np.sqrt(1 - 1 / np.maximum(seeds, 2))[:, None]
+        delta.append(d)
+        sigma.append(s.mean(0))
+        mean.append(onset(curves.x, d, s.mean(0)))
+        every.append(onset(curves.x, d, s.min(0)))
+    return Uncertainty(L0, np.array(delta), np.array(sigma), np.array(mean), np.array(every))
+
+
+def _pooled(ddof, R):
+    return np.sqrt(R / (R - ddof)) if R > ddof else np.nan
+
+
+def predicted_quality(curves, delta, from_x=0.5):
+    """(k·√(η(1-τ̂)) [K], k): eq. 24's shape of Δ, k by least squares on log Δ for from_x <= x < 1.
+
+    η is the rate over its peak, τ̂ the gradient-flow time over its end. Raises LogError if the log has no lr and tau.
+    """
+    if not (np.isfinite(curves.lr).all() and np.isfinite(curves.tau).all()):
+        raise LogError('the predicted quality of a collapse needs lr (with its peak) and tau, which the log does not have')
+    shape = np.sqrt(np.maximum(curves.lr * (1 - curves.tau), 0))
+    use = (curves.x >= from_x) & (shape > 0) & (delta > 0)
+    k = np.exp(np.mean(np.log(delta[use] / shape[use]))) if use.any() else np.nan
+    return k * shape, float(k)
+
+
+def analyse(table, L0=None, ddof=0, draws=200):
+    """Everything about one ladder's collapse as a dict: fit, Δ, σ, onset with intervals, sensitivity to L0.
+
+    L0 given (the same units as the loss) is held; otherwise it is fitted, and its uncertainty carried into the rest.
+    """
+    here = curves(table)
+    points = scaling_law.optimal_points(table)
+    notes = []
+    fixed = L0 is not None
+    if fixed:
+        one_model = len(points.p) < 2
+        law = scaling_law.Law(np.nan, np.nan, L0) if one_model else scaling_law.fit_given_L0(points.compute, points.loss, L0)
+        draws_law, origin, profile = None, 'none', None
+    else:
+        law = scaling_law.fit(points.compute, points.loss)
+        draws_law, origin = scaling_law.bootstrap(points, law)
+        profile = scaling_law.profile(points)
+        if origin == 'residuals':
+            notes.append('one seed a model: intervals of the fit come from its residuals, not from seeds')
+        if profile is None:
+            notes.append('three models: the fit is exact and says nothing about how well L0 is known')
+        elif not profile.identifiable:
+            notes.append(f'L0 is not identifiable: anything from {profile.ci[0]:.4g} to {profile.ci[1]:.4g} fits as well')
+    if len(points.p) == 1:
+        notes.append('one model: Δ is the variation of its seeds alone; no verdict on collapse across sizes')
+    seeds = np.bincount(here.model)
+    if seeds.min() == 1:
+        notes.append(f'{(seeds == 1).sum()} of {len(seeds)} models have one seed: no noise floor σ there, and no verdict '
+                     'on supercollapse')
+    result = spread(here, law.L0, ddof)
+    found = verdict(here, result, law.L0)
+    random = None
+    if seeds.min() > 1 and len(seeds) > 1:
+        random = uncertainty(here, points, law, draws, fixed_L0=L0, ddof=ddof)
+    sensitivity = None
+    if profile is not None and seeds.min() > 1:
+        floors = [min(L, 0.999 * here.loss[:, -1].min()) for L in (profile.ci[0], law.L0, profile.ci[1])]
+        each = [spread(here, L, ddof) for L in floors]
+        sensitivity = {'L0': floors, 'supercollapse_from': [float(onset(here.x, s.delta, s.sigma.mean(0))) for s in each]}
+    return {
+        'fit': {'a': law.a, 'b': law.b, 'L0': law.L0, 'r2': law.r2, 'objective': law.objective,
+                **{f'{k}_ci': interval(draws_law[k]) if draws_law else None for k in ('a', 'b', 'L0')},
+                'L0_profile_ci': profile.ci if profile else None,
+                'L0_identifiable': profile.identifiable if profile else None, 'L0_fixed': fixed},
+        'x': here.x, 'delta': result.delta, 'sigma': result.sigma.mean(0), 'sigma_by_model': result.sigma,
+        'between': result.between, 'within': result.within, 'mean': result.mean,
+        'delta_ci': _band(random.delta) if random else None, 'sigma_ci': _band(random.sigma) if random else None,
+        'delta_expected_final': spread(here, law.L0, ddof, by='expected').delta,
+        'supercollapse_from': found.mean, 'supercollapse_from_ci': _onset_interval(random.mean) if random else None,
+        'supercollapse_from_every_model': found.every_model,
+        'supercollapse_from_every_model_ci': _onset_interval(random.every_model) if random else None,
+        'never': float(np.isnan(random.mean).mean()) if random else None,
+        'L0_sensitivity': sensitivity, 'worst_model': found.worst_model, 'worst_run': found.worst_run,
+        'num_params': here.p, 'compute': points.compute, 'final_loss': points.loss,
+        'ddof': ddof, 'seeds_per_model': [int(n) for n in seeds], 'level': scaling_law.LEVEL,
+    }, notes
+
+
+def _band(draws):
+    return np.nanquantile(draws, [(1 - scaling_law.LEVEL) / 2, (1 + scaling_law.LEVEL) / 2], axis=0)
+
+
+def _onset_interval(draws):
+    """Percentile interval of onsets, where a draw without one counts as later than any x; null for 'never'."""
+    ordered = np.sort(np.where(np.isnan(draws), np.inf, draws))
+    return [float(ordered[int(round(q * (len(ordered) - 1)))]) for q in ((1 - scaling_law.LEVEL) / 2,
+                                                                         (1 + scaling_law.LEVEL) / 2)]
+
+
+def main():
+    parse = command.parser(__doc__.splitlines()[0], 'collapse')
+    parse.add_argument('--L0', type=float, metavar='X', help='hold the irreducible loss instead of fitting it')
+    parse.add_argument('--ddof', type=int, default=0, choices=(0, 1), help='of every variance over seeds (default 0)')
+    parse.add_argument('--keep-duplicates', action='store_true', help='count runs that are in the log twice twice')
+    args = parse.parse_args()
+    table, notes, copies = command.read(args, args.keep_duplicates)
+    result, more = analyse(table, args.L0, args.ddof)
+    widths = sorted(int(D) for D in runs(table)['D'].dropna().unique()) if 'D' in table else None
+    result |= {'duplicates_dropped': copies, 'widths': widths}
+    if args.out:
+        from figures import draw
+        command.save(lambda: draw.collapse(table, result), args.out)
+    fit, at = result['fit'], [int(np.argmin(np.abs(result['x'] - x))) for x in (0.5, 0.9)]
+    lines = [f'{len(result["num_params"])} models, {min(result["seeds_per_model"])} to {max(result["seeds_per_model"])} seeds; '
+             f'L = L0 + a·(C/1e15)^(-b):',
+             *(f'  {k:3} {fit[k]:.5g}{command.bracket(fit[f"{k}_ci"])}' for k in ('a', 'b', 'L0')),
+             *(f'x = {result["x"][i]:.2f}: Δ {result["delta"][i]:.5f} (between models {result["between"][i]:.5f}, within '
+               f'{result["within"][i]:.5f}), σ {result["sigma"][i]:.5f}' for i in at),
+             *(('Δ < σ averaged over models ' + _from(result['supercollapse_from'], result['supercollapse_from_ci']),
+                'Δ < σ of every model       ' + _from(result['supercollapse_from_every_model'],
+                                                      result['supercollapse_from_every_model_ci']))
+               if min(result['seeds_per_model']) > 1 and len(result['num_params']) > 1 else
+               ('Δ < σ: cannot be told without two models of two seeds',))]
+    if result['L0_sensitivity']:
+        by = result['L0_sensitivity']
+        each = zip(by['L0'], by['supercollapse_from'], strict=True)
+        lines.append('with L0 ' + ', '.join(f'{L:.4g}: {_from(x)}' for L, x in each))
+    worst, odd = result['worst_model'], result['worst_run']
+    lines += [f'departing most: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
+              f'of its model, run {odd["run"]} ({odd["departure"]:.2%})']
+    command.report(args, result, lines, notes + more)
+
+
+def _from(x, ci=None):
+    if not np.isfinite(x):
+        return 'never'
+    if ci is None:
+        return f'from x = {x:.2f}'
+    return f'from x = {x:.2f}  [{", ".join(f"{c:.2f}" if np.isfinite(c) else "never" for c in ci)}]'
+
+
+if __name__ == '__main__':
+    command.run(main)

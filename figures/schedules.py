@@ -1,0 +1,200 @@
+"""Predicting a loss curve under one learning-rate schedule from the constant-rate run: L(τ) = L_const(τ) + α·δη·Tr Σ.
+
+Qiu et al. (2025) §3.2, eqs. 14-16. Runs are aligned at equal gradient-flow time τ (the sum of the rates); Tr Σ is `Buvar`,
+the trace of the mini-batch covariance of the preconditioned gradient, of the predicted run itself; δη the difference of
+the schedules, in [-1, 0]. Theory gives α = 1/4; here it is fitted, and judged on schedules left out of the fit.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from figures import command
+from figures.scaling_law import LEVEL
+from figures.table import LogError, require, runs
+
+THEORY = 0.25      # eq. 14
+HAND_SET = 0.26    # the authors' value for the MLP (0.21 for CIFAR-5M)
+HALF_LIFE = 0.01   # of the run, for the smoothing of the pictures
+
+
+class Aligned(NamedTuple):
+    """A run beside its constant-rate reference at equal τ. Arrays [n], one entry an evaluation inside the reference."""
+    run: str
+    schedule: str
+    decay_frac: float
+    p: float
+    tokens_total: float   # T, tokens at the end of the run
+    peak_lr: float
+    x: np.ndarray         # tokens over tokens_total
+    tau: np.ndarray
+    eta: np.ndarray       # rate over its peak
+    loss: np.ndarray
+    reference: np.ndarray        # L_const(τ)
+    noise: np.ndarray            # Tr Σ of the run, Buvar; NaN where it was not measured
+    reference_noise: np.ndarray  # Tr Σ of the constant-rate run at the same τ
+
+    @property
+    def delta_eta(self):
+        return self.eta - 1
+
+    @property
+    def decaying(self):
+        """Evaluations of the decay phase: the rate differs from the reference's, and Tr Σ is known."""
+        return (self.delta_eta < -1e-9) & np.isfinite(self.noise)
+
+    @property
+    def drop(self):
+        """Loss that the decay has taken off by the end, against the constant rate at equal τ."""
+        return self.reference[-1] - self.loss[-1]
+
+
+class Fit(NamedTuple):
+    alpha: float
+    alpha_se: float     # robust to correlation within a run (sandwich over runs); NaN for a single run
+    alpha_ci: list      # 90%, Student's t with runs - 1 degrees of freedom, or None
+    rmse: float         # over all evaluations of the decay phases, in units of the loss
+    runs: int
+
+
+def align(table):
+    """(list of Aligned, notes): every run with a decaying rate beside a `const` run of the same model, B and peak rate.
+
+    Of several, the reference with the same T and seed is preferred, then the longest. Raises LogError if the log lacks what
+    the prediction needs, or if no run has a reference.
+    """
+    require(table, ['num_params', 'schedule', 'peak_lr', 'test_loss', 'lr', 'tau', 'tokens', 'Buvar'], 'schedule prediction')
+    ends = runs(table)
+    rows = dict(list(table.groupby('run', sort=False)))
+    same = [c for c in ('num_params', 'D', 'N', 'L', 'B', 'peak_lr') if c in ends]
+    constant = ends[ends['schedule'] == 'const']
+    aligned, alone = [], []
+    for run, end in ends[ends['schedule'] != 'const'].iterrows():
+        match = constant
+        for column in same:
+            match = match[(match[column] == end[column]) | (match[column].isna() & (end[column] != end[column]))]
+        if not len(match):
+            alone.append(run)
+            continue
+        rank = [(abs(one['tokens'] - end['tokens']) <= 0.01 * end['tokens'], one.get('seed') == end.get('seed'), one['tokens'])
+                for _, one in match.iterrows()]
+        reference = rows[match.index[max(range(len(rank)), key=rank.__getitem__)]]
+        own = rows[run]
+        own = own[(own['tau'] >= reference['tau'].iloc[0]) & (own['tau'] <= reference['tau'].iloc[-1])]
+        if len(own) < 2:
+            alone.append(run)
+            continue
+        at = own['tau'].to_numpy()
+        aligned.append(Aligned(
+            run, end['schedule'], float(end.get('decay_frac', np.nan)), float(end['num_params']), float(end['tokens']),
+            float(end['peak_lr']), (own['tokens'] / end['tokens']).to_numpy(), at, (own['lr'] / end['peak_lr']).to_numpy(),
+            own['test_loss'].to_numpy(), np.interp(at, reference['tau'], reference['test_loss']), own['Buvar'].to_numpy(),
+            np.interp(at, reference['tau'], reference['Buvar'])))
+    if not aligned:
+        found = ', '.join(sorted(ends['schedule'].dropna().unique()))
+        raise LogError('no run with a decaying rate has a constant-rate run of the same model, batch and peak rate beside it '
+                       f'(schedules in the log: {found})')
+    notes = [f'{len(alone)} runs have no constant-rate run beside them: {", ".join(sorted(alone)[:3])}'] if alone else []
+    return aligned, notes
+
+
+def predict(one, alpha):
+    """Predicted loss [n] of an aligned run, eq. 16; the constant-rate loss itself for alpha 0."""
+    noise = np.where(one.delta_eta == 0, 0, one.noise) if alpha else np.zeros_like(one.loss)
+    return one.reference + alpha * one.delta_eta * noise
+
+
+def fit(aligned, second_term=False):
+    """α by least squares over the decay phases of all runs, every evaluation counting alike.
+
+    second_term=True fits the whole of eq. 15, α·δ(η·Tr Σ), in place of α·δη·Tr Σ; the paper drops the rest (appendix I).
+    Raises LogError if there is no decay phase.
+    """
+    z = [_term(one, second_term)[one.decaying] for one in aligned]
+    y = [(one.loss - one.reference)[one.decaying] for one in aligned]
+    square = sum(a @ a for a in z)
+    if not square > 0:
+        raise LogError('no evaluation in a decay phase has a Tr Σ (Buvar); α cannot be fitted')
+    alpha = sum(a @ b for a, b in zip(z, y, strict=True)) / square
+    residual = [b - alpha * a for a, b in zip(z, y, strict=True)]
+    G = sum(len(a) > 0 for a in z)
+    se, ci = np.nan, None
+    if G > 1:
+        from scipy.special import stdtrit
+        se = np.sqrt(sum((a @ r) ** 2 for a, r in zip(z, residual, strict=True)) * G / (G - 1)) / square
+        half = stdtrit(G - 1, (1 + LEVEL) / 2) * se
+        ci = [float(alpha - half), float(alpha + half)]
+    rmse = np.sqrt(np.mean(np.concatenate(residual) ** 2))
+    return Fit(float(alpha), float(se), ci, float(rmse), G)
+
+
+def _term(one, second_term):
+    return one.eta * one.noise - one.reference_noise if second_term else one.delta_eta * one.noise
+
+
+def rmse_relative(aligned, alpha):
+    """Root mean square of residual / loss range of its run's decay phase, over all evaluations of the decay phases."""
+    ratio = [(one.loss - predict(one, alpha))[one.decaying] / np.ptp(one.loss[one.decaying])
+             for one in aligned if one.decaying.sum() > 1 and np.ptp(one.loss[one.decaying]) > 0]
+    return float(np.sqrt(np.mean(np.concatenate(ratio) ** 2))) if ratio else np.nan
+
+
+def relative_error(one, alpha):
+    """Mean absolute error over the decay phase, as a share of the drop that the decay causes by its end."""
+    return float(np.abs(one.loss - predict(one, alpha))[one.decaying].mean() / one.drop)
+
+
+def leave_one_out(aligned):
+    """One dict a schedule: α fitted without any run of that schedule, and the errors of predicting them, averaged over runs.
+
+    Errors are mean absolute over the decay phase, relative to the drop (`relative_error`): `error` with the left-out α,
+    `hand_set` and `theory` with those, `no_noise_term` with the constant-rate loss at equal τ alone.
+    """
+    rows = []
+    for key in sorted({(one.schedule, one.decay_frac) for one in aligned}):
+        held = [one for one in aligned if (one.schedule, one.decay_frac) == key and one.decaying.any() and one.drop > 0]
+        rest = [one for one in aligned if one.schedule != key[0]]
+        if not held:
+            continue
+        alpha = fit(rest).alpha if rest else np.nan
+        errors = {name: float(np.mean([relative_error(one, value) for one in held]))
+                  for name, value in {'error': alpha, 'hand_set': HAND_SET, 'theory': THEORY, 'no_noise_term': 0}.items()}
+        rows.append({'schedule': key[0], 'decay_frac': key[1], 'runs': len(held), 'alpha_without': alpha, **errors})
+    return rows
+
+
+def smooth(x, y, half_life=HALF_LIFE):
+    """Exponential moving average of y over x (share of the run), with its half-life in x; for pictures only."""
+    smoothed = np.array(y, float)
+    keep = 0.5 ** (np.diff(x) / half_life)
+    for i in range(1, len(smoothed)):
+        smoothed[i] = keep[i - 1] * smoothed[i - 1] + (1 - keep[i - 1]) * y[i]
+    return smoothed
+
+
+def main():
+    parse = command.parser(__doc__.splitlines()[0], 'schedules')
+    args = parse.parse_args()
+    table, notes, copies = command.read(args)
+    aligned, more = align(table)
+    result, whole, errors = fit(aligned), fit(aligned, second_term=True), leave_one_out(aligned)
+    if result.runs == 1:
+        notes.append('a single run with a decay phase: α has no standard error and no schedule can be left out')
+    if args.out:
+        from figures import draw
+        command.save(lambda: draw.schedules(aligned, result.alpha), args.out)
+    lines = [f'alpha     {result.alpha:.4f} ± {result.alpha_se:.4f}{command.bracket(result.alpha_ci)}'
+             f'   (theory {THEORY}, set by hand in the paper {HAND_SET})',
+             f'rmse      {result.rmse:.3g} over {result.runs} runs; with the second term of eq. 15 {whole.rmse:.3g}',
+             'mean absolute error relative to the drop that the decay causes, α fitted on the other schedules:',
+             f'{"schedule":12} {"decay":>6} {"runs":>5} {"alpha":>7} {"error":>7} {"α=0.26":>7} {"α=0.25":>7} {"α=0":>7}']
+    lines += [f'{e["schedule"]:12} {e["decay_frac"]:6g} {e["runs"]:5d} {e["alpha_without"]:7.4f} {e["error"]:7.3f} '
+              f'{e["hand_set"]:7.3f} {e["theory"]:7.3f} {e["no_noise_term"]:7.3f}' for e in errors]
+    command.report(args, result._asdict() | {
+        'rmse_relative': rmse_relative(aligned, result.alpha), 'leave_one_schedule_out': errors,
+        'hand_set': {'alpha': HAND_SET, 'rmse_relative': rmse_relative(aligned, HAND_SET)},
+        'with_second_term': {'alpha': whole.alpha, 'rmse': whole.rmse}, 'duplicates_dropped': copies}, lines, notes + more)
+
+
+if __name__ == '__main__':
+    command.run(main)

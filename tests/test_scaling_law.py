@@ -1,0 +1,107 @@
+"""The fit finds the least Huber loss, recovers planted laws within its intervals, and says when L0 cannot be known."""
+
+import time
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from figures import scaling_law as law
+from figures import table as logs
+from tests.logs_of import law_points, paper_log
+
+
+def many_starts(compute, loss, starts, seed=0):
+    """The reference: L-BFGS on (log a, b, log L0) from many random starts, as the field does it."""
+    u, y = np.log(compute / 1e15), np.log(loss)
+
+    def objective(t):
+        power = t[0] - t[1] * u
+        r = np.logaddexp(power, t[2]) - y
+        share = np.exp(power - np.logaddexp(power, t[2]))
+        psi = np.clip(r, -1e-3, 1e-3)
+        value = np.where(np.abs(r) < 1e-3, r ** 2 / 2, 1e-3 * (np.abs(r) - 5e-4)).sum()
+        return 1e6 * value, 1e6 * np.array([psi @ share, -psi @ (u * share), psi @ (1 - share)])
+    rng = np.random.default_rng(seed)
+    box = [(-12, 3), (0, 3), (-30, np.log(loss.min()))]
+    best = min((minimize(objective, [rng.uniform(-6, 2), rng.uniform(0, 1.5), rng.uniform(-12, box[2][1])], jac=True,
+                         method='L-BFGS-B', bounds=box, options={'maxiter': 2000, 'ftol': 1e-14, 'gtol': 1e-10})
+                for _ in range(starts)), key=lambda r: r.fun)
+    return best.fun / 1e6
+
+
+def test_exact_law_is_recovered():
+    points = law_points(np.random.default_rng(0), noise=0)
+    found = law.fit(points.compute, points.loss)
+    # Exact data: limited by float64 in an objective of order 1e-20 beside losses of order 1.
+    np.testing.assert_allclose([found.a, found.b, found.L0], [0.04, 0.16, 0.0013], rtol=1e-5)
+
+
+@pytest.mark.parametrize('noise', [1e-4, 3e-3, 3e-2])
+def test_objective_is_no_higher_than_many_starts(noise):
+    for seed in range(2):
+        points = law_points(np.random.default_rng(seed), noise=noise, seeds=1)
+        ours = law.fit(points.compute, points.loss).objective
+        assert ours <= many_starts(points.compute, points.loss, 20, seed) * (1 + 1e-6)  # L-BFGS's own tolerance
+
+
+@pytest.mark.parametrize('name', ['mlp', 'chess_const'])
+def test_objective_is_no_higher_than_many_starts_on_the_authors_logs(name):
+    points = law.optimal_points(logs.clean(logs.load(paper_log(name)))[0])
+    assert law.fit(points.compute, points.loss).objective <= many_starts(points.compute, points.loss, 30) * (1 + 1e-6)
+
+
+def test_published_fit():
+    """mlp.pkl with every row, as published: a 0.0427, b 0.160, L0 0.0013."""
+    points = law.optimal_points(logs.clean(logs.load(paper_log('mlp')), keep_duplicates=True)[0])
+    found = law.fit(points.compute, points.loss)
+    np.testing.assert_allclose([found.a, found.b], [0.0427, 0.160], rtol=3e-3)  # to the digits given
+    assert abs(found.L0 - 0.0013) < 1e-4
+
+
+def test_unit_of_compute_does_not_matter():
+    points = law_points(np.random.default_rng(1))
+    one, other = law.fit(points.compute, points.loss), law.fit(points.compute * 1e-9, points.loss)
+    assert other.b == pytest.approx(one.b, rel=1e-6) and other.L0 == pytest.approx(one.L0, rel=1e-6)  # where Newton stops
+    assert other.a == pytest.approx(one.a * 1e-9 ** one.b, rel=1e-5)
+
+
+def test_fit_is_fast():
+    points = law_points(np.random.default_rng(2))
+    start = time.process_time()
+    law.fit(points.compute, points.loss)
+    assert time.process_time() - start < 1  # typically 0.05 s: a shared machine may be slow
+
+
+def test_coverage_of_the_90_percent_interval():
+    """200 planted data sets: the truth lies in the bootstrap interval in 80 to 97% of them, for a, b and L0."""
+    truth, hits = {'a': 0.3, 'b': 0.12, 'L0': 0.5}, []
+    for seed in range(200):
+        points = law_points(np.random.default_rng(seed), **truth, noise=1e-3)
+        draws, origin = law.bootstrap(points, law.fit(points.compute, points.loss), draws=100, seed=seed)
+        assert origin == 'seeds'
+        hits.append([low <= truth[k] <= high for k in truth for low, high in [law.interval(draws[k])]])
+    coverage = np.mean(hits, 0)
+    assert ((coverage >= 0.80) & (coverage <= 0.97)).all(), coverage
+
+
+def test_L0_profile():
+    """Clean data identify L0 and the profile covers it; noisy data over a short range do not, and it says so."""
+    sharp = law.profile(law_points(np.random.default_rng(3), a=0.3, b=0.12, L0=0.5, noise=1e-4))
+    assert sharp.identifiable and sharp.ci[0] <= 0.5 <= sharp.ci[1]
+    assert not law.profile(law_points(np.random.default_rng(3), L0=0.0, noise=1e-2)).identifiable
+
+
+def test_one_seed_takes_its_noise_from_the_residuals():
+    points = law_points(np.random.default_rng(4), seeds=1)
+    draws, origin = law.bootstrap(points, law.fit(points.compute, points.loss), draws=50)
+    assert origin == 'residuals' and np.ptp(draws['b']) > 0
+
+
+def test_too_little_is_refused():
+    with pytest.raises(logs.LogError, match='at least three models'):
+        law.fit(np.array([1e15, 1e16]), np.array([0.2, 0.1]))
+    with pytest.raises(logs.LogError, match='does not fall'):
+        law.fit(np.array([1e15, 1e16, 1e17, 1e18]), np.array([0.1, 0.2, 0.3, 0.5]))
+    with pytest.raises(logs.LogError, match='below the smallest final loss'):
+        law.fit_given_L0(np.array([1e15, 1e16]), np.array([0.2, 0.1]), 0.15)
