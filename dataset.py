@@ -237,21 +237,26 @@ def decode(ids: np.ndarray, meta: dict) -> str:
 
 
 def starting_config(folder: Path, V: int, L: int, train: int, test: int) -> str:
-    """A configuration of small size for one pass over the data: 65,536 tokens a batch, as published, where they suffice."""
+    """A configuration of small size for one pass over the data, with the published learning rates (Qiu et al. 2025, appendix A).
+
+    The batch has the published 65,536 tokens where that leaves at least 100 steps.
+    """
     B = 1 << max(0, min(65536 // L, test // L, train // (100 * L)).bit_length() - 1)
-    return f'''# configs/{folder.name}.yaml
-defaults: [default, _self_]
+    return f'''defaults: [default, _self_]
 arch: transformer
 ds_path: {folder}
 T: {train // (B * L) * B * L}  # one pass
 T_eval: {min(2_048_000, test) // (B * L) * B * L}
 num_evals: 100
 model: {{D: 128, N: 3, L: {L}, V: {V}, mlp_expansion: 1}}
-opt: {{B: {B}, lr: 0.4, schedule: linear, warmup_tokens: {train // 100}}}'''
+opt: {{B: {B}, lr: 0.01, embed_lr_mult: 10, readout_lr_mult: 1, schedule: linear, warmup_tokens: {train // 100}}}'''
 
 
 def describe(folder: Path, config: str | None) -> None:
-    """Print what the data set is. Raises ValueError or FileNotFoundError at the first thing that is wrong with it."""
+    """Print what the data set is, as the comments of a configuration to start from; or how it fits the `config` given.
+
+    Raises ValueError or FileNotFoundError at the first thing that is wrong with it.
+    """
     cfg = OmegaConf.create()
     if config is not None:
         configs = [Path(__file__).parent / 'configs' / f'{name}.yaml' for name in ('default', config)]
@@ -260,47 +265,51 @@ def describe(folder: Path, config: str | None) -> None:
         cfg = OmegaConf.merge(*map(OmegaConf.load, configs))
     meta, train, test = read_meta(folder), open_tokens(folder, 'train'), open_tokens(folder, 'test')
     L = cfg.model.L if config else int(np.prod(meta.get('image', 128)))
-    counts = {}
+    counts, words = {}, meta.get('vocabulary')
     for name, tokens in (('train', train), ('test', test)):
         counts[name], sums = histogram(tokens)
-        for file, promised in meta.get('sha256', {}).items():
-            if sums.get(file, promised) != promised:
-                raise ValueError(f'{folder / file}: its SHA-256 is {sums[file]}, not the {promised} of meta.json; '
+        for file, found in sums.items():
+            if found != meta.get('sha256', {}).get(file, found):
+                raise ValueError(f'{folder / file}: its SHA-256 is {found}, not the {meta["sha256"][file]} of meta.json; '
                                  'prepare or download it again')
         used = np.flatnonzero(counts[name])
-        print(f'{name}: {tokens.size:,} tokens, {tokens.dtype}, {len(tokens.files)} file{"s"[: len(tokens.files) > 1]}, '
-              f'{len(used)} different ids, {used[0]} to {used[-1]}')
+        say(f'{name}: {tokens.size:,} tokens of {tokens.dtype} in {", ".join(file.name for file in tokens.files[:3])}'
+            f'{" …" * (len(tokens.files) > 3)}, {len(used)} different ids from {used[0]} to {used[-1]}')
     size = train.vocab_size or int(max(np.flatnonzero(c)[-1] for c in counts.values())) + 1
     V = -(-size // 32) * 32
-    print(f'vocabulary: {size} ids{"" if train.vocab_size else " (by the largest; meta.json does not say)"}, V={V}')
+    say(f'vocabulary: {size} ids{"" if train.vocab_size else " (by the largest: no meta.json says)"}, so V={V}')
     for tokens in (train, test):
         check_ids(tokens, size)
     if train.pad_id is not None:
-        share = counts['train'][train.pad_id] / train.size
-        print(f'padding: id {train.pad_id}, {share:.2%} of train, carries no loss as a target')
+        say(f'padding: id {train.pad_id}, {counts["train"][train.pad_id] / train.size:.2%} of train, carries no loss as a target')
         for c in counts.values():
             c[train.pad_id] = 0
-    common = np.argsort(-counts['train'], kind='stable')[:12].tolist()
-    total = counts['train'].sum()
-    words = meta.get('vocabulary')
-    print('most common: ' + ', '.join(f'{repr(words[i]) if words else i} {counts["train"][i] / total:.1%}' for i in common))
-    print(f'unigram entropy: {entropy(counts["train"]):.4f} nats a token of train, {entropy(counts["test"]):.4f} of test '
-          f'(ln V = {np.log(V):.4f})')
+    common = np.argsort(-counts['train'], kind='stable')[:10].tolist()
+    shares = counts['train'] / max(1, counts['train'].sum())
+    say('most common: ' + ', '.join(f'{repr(words[i]) if words else i} {shares[i]:.1%}' for i in common))
+    say(f'unigram entropy: {entropy(counts["train"]):.4f} nats a token of train, {entropy(counts["test"]):.4f} of test, '
+        f'against ln V = {np.log(V):.4f}')
     found, wanted = repeated(train, test, L, meta.get('bos'))
     kind = 'documents' if meta.get('bos') is not None else f'blocks of {L} tokens'
-    print(f'test against train: {found:,} of {wanted:,} test {kind} occur in train{" as well" * (found > 0)}')
-    print(f'the first of test:\n{decode(test.read(0, min(test.size, int(np.prod(meta.get("image", 300))))), meta)}\n')
+    say(f'repeated: {found:,} of {wanted:,} different test {kind} occur in train')
+    say('test begins:', *decode(test.read(0, min(test.size, int(np.prod(meta.get('image', 300))))), meta).splitlines())
     if config is None:
         print(starting_config(folder, V, L, train.size, test.size))
         return
     B = cfg.opt.B
     if train.vocab_size is None and cfg.model.V < size:  # where the data set says, the trainer follows it
         raise ValueError(f'{folder}: {size} ids, but {config} has model.V={cfg.model.V}; set model.V={V}')
-    if (cfg.T_eval or 0) > test.size or B * L > test.size or B * L > train.size:
+    if max(cfg.T_eval or 0, B * L) > test.size or B * L > train.size:
         raise ValueError(f'{folder}: {train.size} train and {test.size} test tokens, but {config} evaluates on '
                          f'T_eval={cfg.T_eval} in batches of opt.B={B} times model.L={L}; lower T_eval or opt.B')
     passes = f', T={cfg.T:g} is {cfg.T / train.size:.3g} passes over train' if cfg.T else ''
-    print(f'{config}: fits (V={V}, L={L}, B={B}){passes}')
+    say(f'{config}: fits (V={V}, L={L}, B={B}){passes}')
+
+
+def say(*lines: str) -> None:
+    """Print lines as comments, with nothing in them that a terminal or YAML takes for more than text."""
+    for line in lines:
+        print('# ' + ''.join(c if c.isprintable() else '·' for c in line))
 
 
 def main():
