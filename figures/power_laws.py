@@ -1,0 +1,134 @@
+"""Exact sums of power laws L(t, p) = L0 + Σ a·t^(-µ)·p^(-ν), where collapse can be computed instead of measured.
+
+Qiu et al. (2025) §3.1, fig. 5b and theorem F.1; the exponents of "4+3 phases" by Paquette et al. (2024, arXiv 2405.15074).
+Two balanced terms collapse exactly at the compute-optimal data exponent γ*, and at no other. `fit_joint` asks how nearly
+measured constant-rate curves are of this form (fig. 5a).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from figures.scaling_law import horizon_of, loss_at
+from figures.table import LogError, runs
+
+
+class Terms(NamedTuple):
+    """One entry a term a·t^(-µ)·p^(-ν)."""
+    mu: tuple
+    nu: tuple
+    a: tuple
+
+
+TWO_TERMS = Terms((0.5, 0.0), (0.0, 0.5), (1.0, 1.0))  # fig. 5b, row 1: γ* = ν/µ = 1
+MODELS = np.geomspace(10, 1e9, 9)                        # p of fig. 5b
+
+
+def loss(terms, t, p, L0=0.0):
+    """L(t, p), eq. 8; t and p broadcast."""
+    return L0 + sum(a * t ** -mu * p ** -nu for mu, nu, a in zip(*terms, strict=True))
+
+
+def phase(alpha, beta):
+    """Name of the phase of the power-law random features model with data exponents α, β (Paquette et al. 2024, fig. 2)."""
+    if alpha > 0.5:
+        return 'Ia' if beta < 0.5 else 'II' if beta < alpha else 'III'
+    if beta < 0.5:
+        return 'Ib'
+    if alpha > 1 - np.sqrt(0.5):
+        return 'IVa'
+    return 'Ic' if alpha < 0.25 else 'IVb'
+
+
+def parameter_exponent(alpha, beta):
+    """η in p* ∝ c^η at compute c, by phase."""
+    return {
+        'Ia': lambda: 1 / (2 * alpha + 1),
+        'II': lambda: (beta / alpha) / (1 + beta / alpha),
+        'III': lambda: 0.5,
+        'Ib': lambda: 0.5,
+        'IVa': lambda: 0.5,
+        'Ic': lambda: (1 - 2 * (alpha + beta)) / (2 * (alpha * (2 * beta - 3) - 2 * beta + 1)),
+        'IVb': lambda: (alpha - beta) / (2 * alpha * beta + alpha - 2 * beta),
+    }[phase(alpha, beta)]()
+
+
+def data_exponent(alpha, beta):
+    """γ* in t* ∝ p^γ*: with p ∝ c^η and t = c/(6p), γ* = (1 - η)/η."""
+    eta = parameter_exponent(alpha, beta)
+    return (1 - eta) / eta
+
+
+def phase_terms(alpha, beta):
+    """F0, Fpp and Fac of the loss in phase II (α > ½, ½ <= β < α), with unit coefficients."""
+    if phase(alpha, beta) != 'II':
+        raise ValueError(f'alpha={alpha:g}, beta={beta:g} is phase {phase(alpha, beta)}; these three terms are those of phase '
+                         'II: alpha > 1/2 and 1/2 <= beta < alpha')
+    floor = 2 * alpha - max(0.0, 1 - 2 * beta)
+    tail = 1 / (2 * alpha)
+    return Terms((0.0, 1 + beta / alpha - tail, 1 - tail), (floor, 0.0, 1.0), (1.0, 1.0, 1.0))
+
+
+def normalised(terms, gamma, p, x):
+    """ℓ [M, K] at horizons t* = p^gamma: L(x·t*, p) / L(t*, p) with L0 = 0 (eq. 7)."""
+    p, x = np.asarray(p, float)[:, None], np.asarray(x, float)
+    horizon = p ** gamma
+    return loss(terms, x * horizon, p) / loss(terms, horizon, p)
+
+
+def deviation(terms, gamma, p=MODELS, x=None):
+    """Largest Δ(x) over 0.01 <= x < 1 of the models p: how far the exact curves are from collapsing."""
+    ell = normalised(terms, gamma, p, np.geomspace(0.01, 1, 50)[:-1] if x is None else x)
+    return float((ell.std(0) / ell.mean(0)).max())
+
+
+class JointFit(NamedTuple):
+    """L = L0 + A·t^(-µ) + B·p^(-ν), t in tokens."""
+    L0: float
+    A: float
+    mu: float
+    B: float
+    nu: float
+    error: float   # root mean square relative residual
+
+
+def fit_joint(t, p, loss_values):
+    """Fit eq. 5 with its multipliers to points t, p, L [n] of constant-rate runs (fig. 5a), by relative least squares.
+
+    Given µ and ν the rest is linear and non-negative, so only two numbers are searched (variable projection): a grid, then
+    Nelder-Mead from its best cell.
+    """
+    from scipy.optimize import minimize, nnls
+    t, p, L = (np.asarray(v, float) for v in (t, p, loss_values))
+    if len(np.unique(p)) < 3:
+        raise LogError(f'the joint fit in t and p needs at least three models, got {len(np.unique(p))}')
+    t0, p0 = np.exp(np.log(t).mean()), np.exp(np.log(p).mean())
+
+    def linear(exponents):
+        mu, nu = np.exp(exponents)
+        columns = np.stack([np.ones_like(t), (t / t0) ** -mu, (p / p0) ** -nu], -1) / L[:, None]
+        return nnls(columns, np.ones_like(t))
+    grid = [(m, n) for m in np.log(np.geomspace(0.05, 2, 12)) for n in np.log(np.geomspace(0.05, 2, 12))]
+    start = min(grid, key=lambda e: linear(e)[1])
+    best = minimize(lambda e: linear(e)[1], start, method='Nelder-Mead', options={'xatol': 1e-5, 'fatol': 1e-9}).x
+    (L0, A, B), residual = linear(best)
+    mu, nu = np.exp(best)
+    return JointFit(float(L0), float(A * t0 ** mu), float(mu), float(B * p0 ** nu), float(nu), float(residual / np.sqrt(len(t))))
+
+
+def mean_curves(table, from_share=0.02, points=60, until=1.0):
+    """(t, p, L) [n] of the seed-mean loss curves at log-spaced tokens, from `from_share` to `until` times each horizon.
+
+    The first stretch is left out: early transients are no power laws (fig. 5a leaves out 1B tokens).
+    """
+    x = np.geomspace(from_share, until, points)
+    ends, horizon = runs(table), horizon_of(table)
+    curves = {}
+    for run, rows in table.groupby('run', sort=False):
+        p = ends.at[run, 'num_params']
+        curves.setdefault((p, horizon[run] / (6 * p)), []).append(loss_at(rows, x * horizon[run]))
+    t = np.concatenate([x * tokens for _, tokens in curves])
+    p = np.repeat([p for p, _ in curves], points)
+    L = np.concatenate([np.mean(values, 0) for values in curves.values()])
+    known = np.isfinite(L)
+    return t[known], p[known], L[known]
