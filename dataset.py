@@ -239,15 +239,15 @@ def decode(ids: np.ndarray, meta: dict) -> str:
 def starting_config(folder: Path, V: int, L: int, train: int, test: int) -> str:
     """A configuration of small size for one pass over the data, with the published learning rates (Qiu et al. 2025, appendix A).
 
-    The batch has the published 65,536 tokens where that leaves at least 100 steps.
+    The batch has the published 65,536 tokens where that leaves at least 100 steps; evaluations take at most half of the training.
     """
     B = 1 << max(0, min(65536 // L, test // L, train // (100 * L)).bit_length() - 1)
     return f'''defaults: [default, _self_]
 arch: transformer
 ds_path: {folder}
 T: {train // (B * L) * B * L}  # one pass
-T_eval: {min(2_048_000, test) // (B * L) * B * L}
-num_evals: 100
+T_eval: {min(2_048_000, test, max(B * L, train // 40)) // (B * L) * B * L}
+num_evals: 20
 model: {{D: 128, N: 3, L: {L}, V: {V}, mlp_expansion: 1}}
 opt: {{B: {B}, lr: 0.01, embed_lr_mult: 10, readout_lr_mult: 1, schedule: linear, warmup_tokens: {train // 100}}}'''
 

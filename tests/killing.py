@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -19,19 +20,25 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def kill_at_random(script, arguments, out: Path, kills: int, seconds: float, seed: int = 0) -> int:
-    """Start the script and kill it, `kills` times, after up to `seconds`; then let it finish. Returns the kills that hit a run.
+def kill_at_random(script, arguments, out: Path, want: dict[str, str], kills: int, seconds: float, seed: int = 0) -> int:
+    """Start the script and kill it up to `seconds` later until `kills` have hit it at work; then let it finish.
 
-    Between kills no .bin may stand under its final name unless it is whole, which the caller sees by comparing checksums:
-    a run that had finished is wiped, so that the next starts afresh.
+    Asserts that whatever stands under its final name after a kill, and all of it in the end, is what `want` (checksums of an
+    uninterrupted run) says. A run that finishes first is wiped, so that the next begins afresh. Returns the runs it took.
     """
-    rng, hits = random.Random(seed), 0
-    for _ in range(kills):
+    rng, hits, runs = random.Random(seed), 0, 0
+    while hits < kills:
         process = subprocess.Popen([sys.executable, HERE / script, *map(str, arguments)], stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.05, 1) * seconds)
-        hits += process.poll() is None
+        killed, runs = process.poll() is None, runs + 1
+        hits += killed
         process.kill()
         process.wait()
+        found = {name: sha for name, sha in (checksums(out) if out.exists() else {}).items() if not name.endswith('.part')}
+        assert found == (want if not killed else {name: want[name] for name in found})
+        if not killed:
+            shutil.rmtree(out)
     ran = run(script, *arguments)
     assert ran.returncode == 0, ran.stderr
-    return hits
+    assert checksums(out) == want
+    return runs

@@ -47,7 +47,7 @@ def write_part(path: Path, count: int, seed: int):
     with zipfile.ZipFile(path, 'w', allowZip64=True) as archive:
         with archive.open('X.npy', 'w', force_zip64=True) as f:
             np.lib.format.write_array_header_1_0(f, {'descr': '|u1', 'fortran_order': False, 'shape': (count, 32, 32, 3)})
-            for block in tqdm(windows(count, seed), total=-(-count // BLOCK), desc=path.name, unit=' blocks', leave=False):
+            for block in tqdm(windows(count, seed), total=-(-count // BLOCK), desc=path.name, unit=' blocks', disable=None):
                 f.write(block)
         with archive.open('Y.npy', 'w') as f:
             np.lib.format.write_array(f, np.random.default_rng(seed).integers(10, size=count))
