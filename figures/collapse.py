@@ -216,15 +216,15 @@ def _pooled(ddof, R):
 
 
 def predicted_quality(curves, delta, from_x=0.5):
-    """(k·√(η(1-τ̂)) [K], k): eq. 24's shape of Δ, k by least squares on log Δ for from_x <= x < 1.
+    """(k·√(η(1-τ̂)) [K], k): eq. 24's shape of Δ, k by least squares for from_x <= x < 1.
 
     η is the rate over its peak, τ̂ the gradient-flow time over its end. Raises LogError if the log has no lr and tau.
     """
     if not (np.isfinite(curves.lr).all() and np.isfinite(curves.tau).all()):
         raise LogError('the predicted quality of a collapse needs lr (with its peak) and tau, which the log does not have')
     shape = np.sqrt(np.maximum(curves.lr * (1 - curves.tau), 0))
-    use = (curves.x >= from_x) & (shape > 0) & (delta > 0)
-    k = np.exp(np.mean(np.log(delta[use] / shape[use]))) if use.any() else np.nan
+    use = (curves.x >= from_x) & (curves.x < 1)
+    k = (delta[use] @ shape[use]) / (shape[use] @ shape[use])
     return k * shape, float(k)
 
 

@@ -27,14 +27,7 @@ def read(args, keep_duplicates=False):
     """(clean table, notes, duplicates dropped) of the log and the filters given on the command line."""
     table = logs.load(args.log)
     for condition in args.where:
-        column, equals, value = condition.partition('=')
-        if not equals or column not in table:
-            raise logs.LogError(f'--where {condition}: wanted COLUMN=VALUE with a column of {", ".join(table.columns)}')
-        number = column not in logs.TEXT_COLUMNS
-        try:
-            table = logs.select(table, **{column: float(value) if number else value})
-        except ValueError as error:
-            raise logs.LogError(f'--where {condition}: {error}') from None
+        table = logs.where(table, condition)
     table = logs.between_widths(table, args.min_width, args.max_width)
     return logs.clean(table, keep_duplicates)
 

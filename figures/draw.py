@@ -17,11 +17,6 @@ def _band_label(seeds):
     return f'{BAND[0]}-{BAND[1]}% of the seeds' if seeds > 1 else None
 
 
-def _log_x(axis, x):
-    axis.set_xscale('log')
-    axis.set_xlim(min(x), max(x))
-
-
 # ---- scaling law and collapse (figs. 1a-c, 2, 3, 4) ----------------------------------------------------------------
 
 
@@ -38,9 +33,11 @@ def law(axis, table, result):
         predicted = scaling_law.predict(scaling_law.Law(fit['a'], fit['b'], fit['L0']), C)
         axis.plot(C / PETA, predicted, '--', color='black', lw=1,
                   label=rf'${fit["L0"]:.3g} + {fit["a"]:.3g}\,C^{{-{fit["b"]:.3f}}}$')
-    low, high = result['final_loss'].min(), result['final_loss'].max()
-    axis.set(xscale='log', yscale='log', xlabel='compute C (PFLOPs)', ylabel='test loss', ylim=(low * 0.85, high * 6))
+    early = curves.loss[:, np.searchsorted(curves.x, 0.01 if curves.x[0] < 0.01 else 0.02)].max()
+    axis.set(xscale='log', yscale='log', xlabel='compute C (PFLOPs)', ylabel='test loss')
+    axis.set_ylim(result['final_loss'].min() * 0.93, early)
     axis.set_xlim(result['compute'].min() / PETA * 5e-3, result['compute'].max() / PETA * 3)
+    style.plain_log(axis.yaxis)
     axis.legend()
     axis.set_title('scaling law')
 
@@ -51,7 +48,7 @@ def _starts_early(table):
     return (first / horizon).max() <= 1e-3
 
 
-def collapsed(axis, curves, L0, by='own', ylim=None):
+def collapsed(axis, curves, L0, by='own'):
     """Normalised loss curves with a band for the seeds (figs. 1b, 3 left)."""
     ell = collapsing.normalise(curves, L0, by)
     seeds = int(np.bincount(curves.model).max())
@@ -62,7 +59,8 @@ def collapsed(axis, curves, L0, by='own', ylim=None):
             axis.fill_between(curves.x, *np.percentile(own, BAND, axis=0), color=colour, alpha=0.25, lw=0,
                               label=_band_label(seeds) if i == 0 else None)
     top = ell[:, np.argmin(np.abs(curves.x - 0.1))].max()
-    axis.set(xlabel='normalised compute x = C/C*', ylabel=r'normalised loss $\ell$', xlim=(0, 1), ylim=ylim or (0.97, top))
+    axis.set(xlabel='normalised compute x = C/C*', ylabel=r'normalised loss $\ell$', xlim=(0, 1))
+    axis.set_ylim(1 - 0.04 * (top - 1), top)
     if seeds > 1:
         axis.legend()
 
@@ -75,17 +73,15 @@ def tolerance(axis, result):
     axis.plot(x[:-1], result['between'][:-1], '--', color=style.BLUE, lw=1, label=r'$\Delta$ between models')
     if np.isfinite(result['sigma']).any():
         axis.plot(x, result['sigma'], color=style.RED, label=r'noise floor $\sigma$ (mean over models)')
-        low, high = np.nanmin(result['sigma_by_model'], 0), np.nanmax(result['sigma_by_model'], 0)
-        axis.plot(x, low, '-.', color=style.RED, lw=0.7, label=r'$\sigma$, least and most of a model')
-        axis.plot(x, high, '-.', color=style.RED, lw=0.7)
     for name, colour in (('delta_ci', style.BLUE), ('sigma_ci', style.RED)):
         if result[name] is not None:
             axis.fill_between(x[:-1], *np.array(result[name])[:, :-1], color=colour, alpha=0.18, lw=0)
-    onset = result['supercollapse_from']
+    onset, title = result['supercollapse_from'], 'one seed: no noise floor'
+    if np.isfinite(result['sigma']).any():
+        title = rf'$\Delta < \sigma$ from x = {onset:.2f}' if np.isfinite(onset) else r'$\Delta$ is not below $\sigma$'
     if np.isfinite(onset):
         axis.axvline(onset, color=style.GREY, lw=0.8)
-        axis.annotate(rf'$\Delta<\sigma$ from x = {onset:.2f}', (onset, 0.02), xycoords=('data', 'axes fraction'), fontsize=8,
-                      xytext=(-4 if onset > 0.5 else 4, 0), textcoords='offset points', ha='right' if onset > 0.5 else 'left')
+    axis.set_title(title + (' (bands: 90%)' if result['delta_ci'] is not None else ''))
     axis.set(xlabel='normalised compute x = C/C*', ylabel='relative deviation', xlim=(0, 1), yscale='log')
     shown = np.concatenate([result['delta'][(x > 0.1) & (x < 0.985)], result['sigma'][np.isfinite(result['sigma'])]])
     axis.set_ylim(shown.min() * 0.5, np.nanmax(shown) * 2)
@@ -100,7 +96,6 @@ def collapse(table, result):
     collapsed(axes[1], curves, result['fit']['L0'])
     axes[1].set_title(rf'collapse with $L_0$ = {result["fit"]["L0"]:.4g}')
     tolerance(axes[2], result)
-    axes[2].set_title('tolerance and noise floor (bands: 90%)')
     style.parameter_bar(axes, curves.p)
     return figure
 
@@ -181,6 +176,7 @@ def horizon(curves, result):
     left.set_xlim(start, compute[-1])
     left.set_ylim(np.nanmin(frontier[window]) * 0.95, np.nanmax(frontier[window]) * 1.5)
     left.legend()
+    style.plain_log(left.yaxis)
     p = np.geomspace(curves.p.min(), curves.p.max(), 50)
     right.errorbar(result.p, result.compute / PETA, yerr=_log_error(result), fmt='o', ms=4, color='black', capsize=2,
                    label='tangent points (± s.e. over seeds)' if result.seeds > 1 else 'tangent points')
@@ -194,6 +190,9 @@ def horizon(curves, result):
     right.set(xscale='log', yscale='log', xlabel='parameters p', ylabel='optimal compute C* (PFLOPs)',
               title=f'exponent 1+γ = {result.exponent:.3f}' + (f'  [{ci[0]:.3f}, {ci[1]:.3f}]' if ci else ''))
     right.legend()
+    right.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter(plt.FuncFormatter(lambda p, _: style.count(p)))
+    right.xaxis.set_minor_formatter(plt.NullFormatter())
     style.parameter_bar([left], curves.p)
     return figure
 
@@ -217,15 +216,17 @@ def joint(t, p, loss, fit):
     axis.set(xscale='log', yscale='log', xlabel='tokens t', ylabel='test loss',
              title=rf'$L_0 + t^{{-\mu}} + p^{{-\nu}}$: $L_0$={fit.L0:.3g}, µ={fit.mu:.3f}, ν={fit.nu:.3f}, '
                    f'rms error {fit.error:.2%}')
+    style.plain_log(axis.yaxis)
     axis.legend()
     style.parameter_bar([axis], models)
     return figure
 
 
-def power_law_grid():
+def power_law_grid(alpha=0.6, beta=0.52):
     """Exact power laws: the law, then the collapse at 0.9γ*, γ* and 1.1γ* (fig. 5b); two terms above, phase II below."""
     rows = {'two terms': (power_laws.TWO_TERMS, 1.0),
-            'phase II, α=0.6, β=0.52': (power_laws.phase_terms(0.6, 0.52), power_laws.data_exponent(0.6, 0.52))}
+            f'phase II, α={alpha:g}, β={beta:g}': (power_laws.phase_terms(alpha, beta),
+                                                   power_laws.data_exponent(alpha, beta))}
     p = power_laws.MODELS
     figure, axes = plt.subplots(2, 4, figsize=(12, 5.6))
     x = np.linspace(0.01, 1, 200)
@@ -277,11 +278,12 @@ def schedules(aligned, alpha):
         values = np.concatenate(values)
         axis.plot([], [], '--', color='black', lw=0.7, label=f'predicted, α = {alpha:.3f}')
         horizontal = len({one.tokens_total for one in chosen}) > 1
-        axis.set(xlabel='tokens (1e9)', ylabel='test loss (smoothed)', title=title, yscale='log',
-                 ylim=(values.min() * 0.97, np.quantile(values, 0.97)))
-        axis.yaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f'{v:.3g}'))
-        axis.yaxis.set_minor_formatter(plt.FuncFormatter(lambda v, _: f'{v:.3g}' if str(f'{v:.0e}')[0] in '235' else ''))
-        axis.set_xscale('log' if horizontal else 'linear')
+        axis.set(xlabel='tokens (1e9)', ylabel='test loss (smoothed)', title=title)
+        spread = np.quantile(values, 0.97) - values.min()
+        axis.set_ylim(values.min() - 0.05 * spread, values.min() + 1.1 * spread)
+        if horizontal:
+            axis.set_xscale('log')
+            axis.set_xlim(0.1 * min(one.tokens_total for one in chosen) / 1e9)
         axis.legend(fontsize=6.5)
     return figure
 

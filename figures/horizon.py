@@ -53,6 +53,18 @@ def with_horizon(table, scale, exponent):
     return table.assign(opt_compute=optimal_compute(table['num_params'], scale, exponent))
 
 
+def at_horizon(table):
+    """The constant-rate runs with C* known: as in the log if it has it for every run, else from the fit to these runs.
+
+    Runs that end before their C* are for `clean` to leave out.
+    """
+    table, _ = constant_rate(table)
+    if 'opt_compute' in table and table['opt_compute'].notna().all():
+        return table
+    found = fit(smooth_curves(table))
+    return with_horizon(table, found.scale, found.exponent)
+
+
 def constant_rate(table):
     """(the constant-rate runs, a note if others were left out). LogError if a log that knows its schedules has none."""
     require(table, ['num_params', 'compute', 'test_loss'], 'the horizon fit')

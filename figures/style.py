@@ -1,8 +1,10 @@
 """How every figure looks: one theme, colours by log p, labels with units. No data and no analysis here."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.ticker  # noqa: F401  used as mpl.ticker
 import numpy as np
 from matplotlib import pyplot as plt
 
@@ -59,8 +61,23 @@ def count(number):
     return f'{number:.3g}'
 
 
+def plain_log(axis):
+    """Ticks of a log axis that spans less than two decades, as plain numbers."""
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f'{v:.3g}'))
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
 def save(figure, path):
     """Write a figure and close it; the file carries no date, so that the same figure gives the same bytes."""
     kind = str(path).rsplit('.', 1)[-1]
     figure.savefig(path, metadata={'CreationDate': None} if kind == 'pdf' else {'Software': None} if kind == 'png' else None)
     plt.close(figure)
+
+
+def save_png(figure, path):
+    """Write a notebook's figure beside it, and return it for display."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={'Software': None})
+    plt.close(figure)  # displayed once, as the cell's value
+    return figure

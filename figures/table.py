@@ -321,6 +321,19 @@ def select(table, **wanted):
     return kept
 
 
+def where(table, condition):
+    """`select` for a condition written 'COLUMN=VALUE', as on a command line. LogError if it does not read so."""
+    column, equals, value = condition.partition('=')
+    if not equals or column not in table:
+        raise LogError(f'{condition!r}: wanted COLUMN=VALUE with a column of {", ".join(table.columns)}')
+    if column not in TEXT_COLUMNS:
+        try:
+            value = float(value)
+        except ValueError:
+            raise LogError(f'{condition!r}: {column} is a number') from None
+    return select(table, **{column: value})
+
+
 def between_widths(table, lowest=None, highest=None):
     """Rows of the models with lowest <= D <= highest (None: no bound)."""
     if lowest is None and highest is None:
