@@ -3,9 +3,12 @@
 import collections
 import gzip
 import json
+import os
 import random
 import re
 import resource
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import chess
 import killing
@@ -232,3 +235,45 @@ def test_another_data_set_is_not_written_over(inputs, tmp_path):
     ran = killing.run('prepare_chess.py', *inputs, '--out', tmp_path, '--test-games', 40)
     assert ran.returncode == 1 and 'of another data set' in ran.stderr
     assert (tmp_path / 'train.bin').read_bytes() == b'mine'
+
+
+# ---------------------------------------------------------------- from afar
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as reading one file takes: the repository, its tree, the file by byte ranges."""
+
+    def do_GET(self):
+        content, kind = self.server.content, {'Content-Type': 'application/json'}
+        if '/resolve/' in self.path:
+            first, last = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers['Range']).groups()
+            body = content[int(first) : int(last or len(content)) + 1]
+            kind = {'Content-Range': f'bytes {first}-{int(first) + len(body) - 1}/{len(content)}'}
+        elif '/tree/' in self.path:
+            body = json.dumps([{'type': 'file', 'path': 'data/0.parquet', 'size': len(content), 'oid': 'a' * 40}]).encode()
+        else:
+            body = json.dumps({'id': 'Lichess/standard-chess-games', 'sha': 'b' * 40, 'siblings': [], 'private': False}).encode()
+        self.send_response(206 if '/resolve/' in self.path else 200)
+        for name, value in {**kind, 'Content-Length': str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_file_on_the_hub_is_read_as_one_here_and_offline_is_told(inputs, tmp_path):
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.content = inputs[0].read_bytes()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = 'hf://datasets/Lichess/standard-chess-games/data/0.parquet'
+    env = {**os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HUB_DISABLE_TELEMETRY': '1', 'no_proxy': '*'}
+    ran = killing.run('prepare_chess.py', url, '--out', tmp_path / 'out', '--test-games', 10, env=env)
+    assert ran.returncode == 0, ran.stderr
+    moves = [tuple(sans(row)) for row in pq.read_table(inputs[0]).to_pylist()]
+    assert sorted(game[0] for game in read_all(tmp_path / 'out')) == sorted(moves)
+    server.shutdown()
+    server.server_close()
+    ran = killing.run('prepare_chess.py', url, '--out', tmp_path / 'offline', '--test-games', 10, env=env)
+    assert ran.returncode == 1 and f'prepare_chess: {url}: cannot be reached' in ran.stderr.splitlines()[-1], ran.stderr
