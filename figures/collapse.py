@@ -181,8 +181,8 @@ class Uncertainty(NamedTuple):
 def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
     """Resample the seeds within each model; refit L0 to their final losses; recompute Δ, σ and the onset.
 
-    The n seeds of a draw show (n-1)/n of the variance of the n at hand, in Δ's part within models and in σ alike; both are
-    stretched back. None if every model has one seed and L0 is fixed: there is nothing to draw.
+    The n seeds of a draw show (n-1)/n of the variance of the n at hand: Δ's part within models is stretched back, and the
+    draws of σ are centred on the σ of the runs at hand. None if every model has one seed and L0 is fixed: there is nothing to draw.
     """
     rng = np.random.default_rng(seed)
     seeds = np.bincount(curves.model)
@@ -194,21 +194,20 @@ def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
         return None
     else:
         L0 = np.full(draws, fixed_L0)
-    delta, sigma, mean, every = [], [], [], []
-    for value in L0:
-        weight = np.concatenate([np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds])
-        one = spread(curves, value, ddof, weight=weight)
-        # Two corrections for drawing with replacement: the variance within models comes back, and the noise that
-        # resampling adds to each model's mean goes.
-        shrink = np.where(seeds > 1, 1 - 1 / seeds, 1).mean()
-        between = np.maximum(one.between ** 2 - one.within ** 2 / shrink / seeds.mean() * (seeds.max() > 1), 0)
-        d = np.sqrt(between + one.within ** 2 / shrink) * _pooled(ddof, len(curves.model))
-        s = one.sigma / np.sqrt(1 - 1 / np.maximum(seeds, 2))[:, None]
-        delta.append(d)
-        sigma.append(s.mean(0))
-        mean.append(onset(curves.x, d, s.mean(0)))
-        every.append(onset(curves.x, d, s.min(0)))
-    return Uncertainty(L0, np.array(delta), np.array(sigma), np.array(mean), np.array(every))
+    draw = [spread(curves, value, ddof, weight=np.concatenate(
+        [np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds])) for value in L0]
+    # Drawing with replacement shrinks the variance within models and adds its noise to their means: undo both.
+    shrink = np.where(seeds > 1, 1 - 1 / seeds, 1).mean()
+    within = np.array([one.within for one in draw]) ** 2 / shrink
+    between = np.maximum(np.array([one.between for one in draw]) ** 2 - within / seeds.mean() * (seeds.max() > 1), 0)
+    delta = np.sqrt(between + within) * _pooled(ddof, len(curves.model))
+    sigma = np.array([one.sigma for one in draw])                                # [S, M, K]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        sigma = sigma * spread(curves, L0.mean(), ddof).sigma / sigma.mean(0)
+    mean = onset(curves.x, delta, sigma.mean(1))
+    every = onset(curves.x, delta, sigma.min(1))
+    sigma = sigma.mean(1)
+    return Uncertainty(L0, delta, sigma, mean, every)
 
 
 def _pooled(ddof, R):

@@ -225,6 +225,9 @@ ADMITTED = {
     ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'),
     ('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar'),
     ('numpy.core.numeric', '_frombuffer'), ('numpy._core.numeric', '_frombuffer'),
+    # text as pandas 3 keeps it
+    ('pandas.arrays', 'ArrowStringArray'), ('pyarrow.lib', '_restore_array'), ('pyarrow.lib', 'type_for_alias'),
+    ('pyarrow.lib', 'py_buffer'), ('builtins', 'bytearray'),
 }
 RENAMED = {('pandas.core.indexes.numeric', 'Int64Index'): ('pandas', 'Index'),  # folded into Index in pandas 2
            ('pandas.core.indexes.numeric', 'Float64Index'): ('pandas', 'Index')}
@@ -236,8 +239,18 @@ class FrameUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in ADMITTED:
             raise LogError(f'refused: the pickle asks for {module}.{name}, which no saved log needs; nothing was executed')
+        if name == '_restore_array':
+            return _restore_checked
         module, name = RENAMED.get((module, name), (module, name))
         return super().find_class(module.replace('numpy.core.', 'numpy._core.'), name)
+
+
+def _restore_checked(data):
+    """An Arrow array from pickled buffers, checked before anyone reads it: offsets are trusted memory addresses."""
+    import pyarrow
+    array = pyarrow.lib._restore_array(data)
+    array.validate(full=True)
+    return array
 
 
 # What the authors call a schedule in their figures' labels, by our names ('$1-x$' is in c5m.pkl).
@@ -375,6 +388,8 @@ def clean(table, keep_duplicates=False):
         for state, rows in table[~ended].groupby('state'):
             notes.append(f'{rows["run"].nunique()} {state} runs left out: {_names(rows["run"])}')
         table = table[ended]
+        if not len(table):
+            raise LogError(f'no finished run in the log: {"; ".join(notes)}')
     if 'step' in table:
         table = table.sort_values(['run', 'step'], kind='stable') if not _increasing(table, 'step') else table
         again = table.duplicated(['run', 'step'], keep='last') & table['step'].notna()

@@ -1,0 +1,165 @@
+"""Normalisation, Δ and σ hold the paper's identities, exact laws collapse, seed noise gives the verdict it should."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from figures import collapse, scaling_law
+from figures import table as logs
+from tests.logs_of import paper_log, power_law_table
+
+
+def planted(seed=0, **options):
+    return power_law_table(np.random.default_rng(seed), **options)
+
+
+def test_exact_power_laws_collapse_and_at_another_exponent_do_not():
+    exact = collapse.curves(planted(offset=0, jitter=0, seeds=1))
+    assert collapse.spread(exact, 0.1).delta[9:].max() < 1e-5    # x >= 0.1: what interpolation between evaluations leaves
+    wrong = collapse.curves(planted(offset=0, jitter=0, seeds=1, gamma=0.9))
+    assert collapse.spread(wrong, 0.1).delta[9:].max() > 1e-2
+
+
+def test_another_floor_breaks_the_collapse():
+    exact = collapse.curves(planted(offset=0, jitter=0, seeds=1))
+    for floor in (0.0, 0.05, 0.11):
+        assert collapse.spread(exact, floor).delta[20:].max() > 1e-3
+
+
+def test_both_ends():
+    curves = collapse.curves(planted())
+    result = collapse.spread(curves, 0.1)
+    assert result.delta[-1] == 0 and result.mean[-1] == 1                       # every run is normalised by its own end
+    assert collapse.spread(curves, 0.1, by='expected').delta[-1] > 1e-3           # the control
+
+
+def test_variance_splits_between_and_within_models():
+    """Eq. 4, an identity: Δ² = between² + within², against numpy's own variances."""
+    curves = collapse.curves(planted(jitter=3e-3))
+    result = collapse.spread(curves, 0.1)
+    ell = collapse.normalise(curves, 0.1)
+    np.testing.assert_allclose(result.delta, ell.std(0) / ell.mean(0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(result.delta ** 2, result.between ** 2 + result.within ** 2, rtol=1e-9, atol=1e-15)
+    reducible = curves.loss[curves.model == 2] - 0.1
+    for ddof in (0, 1):
+        sigma = collapse.spread(curves, 0.1, ddof).sigma[2]
+        np.testing.assert_allclose(sigma, reducible.std(0, ddof=ddof) / reducible.mean(0), rtol=1e-6)
+
+
+def test_models_count_alike_whatever_their_seeds():
+    table = planted(models=4, seeds=4)
+    fewer = table[~table['run'].isin(['D32-s1', 'D32-s2', 'D32-s3'])]
+    curves = collapse.curves(fewer)
+    ell = collapse.normalise(curves, 0.1)
+    means = [ell[curves.model == m].mean(0) for m in range(4)]
+    np.testing.assert_allclose(collapse.spread(curves, 0.1).mean, np.mean(means, 0), rtol=1e-12)
+
+
+def test_noise_shared_along_a_run_gives_supercollapse_and_independent_noise_does_not():
+    """§3.3: seeds that differ by a factor that stays cancel in ℓ; fluctuations that are forgotten at once do not."""
+    shared, _ = collapse.analyse(planted(offset=5e-3, jitter=2e-4, seeds=5), draws=20)
+    assert shared['supercollapse_from'] < 0.5
+    forgotten = collapse.curves(planted(offset=0, jitter=5e-3, seeds=5))
+    result = collapse.spread(forgotten, 0.1)
+    assert (result.delta[:-1] > result.sigma.mean(0)[:-1]).mean() > 0.9           # √2 larger, by the end's own noise
+
+
+def test_onset():
+    x = np.array([0.2, 0.4, 0.6, 0.8, 1.0])
+    sigma = np.full(5, 2.0)
+    assert collapse.onset(x, np.array([1, 3, 1, 1, 0.0]), sigma) == 0.6
+    assert np.isnan(collapse.onset(x, np.array([1, 1, 1, 3, 0.0]), sigma))        # Δ(1) = 0 alone is no evidence
+    assert np.isnan(collapse.onset(x, np.ones(5), np.full(5, np.nan)))            # one seed: cannot be told
+
+
+def test_L0_and_seeds_both_reach_the_intervals():
+    table = planted(models=6, seeds=4, offset=4e-3)
+    free, _ = collapse.analyse(table, draws=60)
+    fixed, _ = collapse.analyse(table, L0=free['fit']['L0'], draws=60)
+    middle = 40
+    width = [np.diff(r['delta_ci'][:, middle])[0] for r in (free, fixed)]
+    assert width[0] > 1.5 * width[1] > 0
+    low, high = free['delta_ci'][:, middle]
+    assert low <= free['delta'][middle] <= high
+
+
+def test_sigma_interval_covers_the_planted_noise():
+    """200 planted ladders: the 90% interval of σ, averaged over models, holds the truth in 80 to 97% of them."""
+    rng, hits = np.random.default_rng(0), []
+    for seed in range(200):
+        loss = 1 + 5e-3 * rng.normal(size=(40, 2))                              # 8 models of 5 seeds, L0 0, no decay
+        curves = collapse.Curves(np.array([0.5, 1]), loss, np.repeat(np.arange(8), 5), np.geomspace(1, 10, 8), [''] * 40,
+                                 np.ones(2), np.ones(2))
+        random = collapse.uncertainty(curves, None, None, draws=80, seed=seed, fixed_L0=0.0, ddof=1)
+        low, high = scaling_law.interval(random.sigma[:, -1])
+        hits.append(low <= 5e-3 * 0.940 <= high)  # 0.940: what the standard deviation of five normals is on average
+    assert 0.80 <= np.mean(hits) <= 0.97, np.mean(hits)
+
+
+def test_predicted_quality_follows_the_schedule():
+    curves = collapse.curves(planted(schedule='linear'))
+    shape, k = collapse.predicted_quality(curves, np.maximum(1 - curves.x, 0) ** 1.5)
+    # linear decay: η = 1 - x, 1 - τ̂ = (1 - x)², so √(η(1 - τ̂)) = (1 - x)^1.5; τ is interpolated between evaluations
+    assert k == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(shape, (1 - curves.x) ** 1.5, atol=1e-3)
+    with pytest.raises(logs.LogError, match='lr .* and tau'):
+        collapse.predicted_quality(collapse.curves(planted().drop(columns='tau')), curves.x)
+
+
+# ---- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_model_one_seed_and_mixed_ladders():
+    with pytest.raises(logs.LogError, match='at least three models'):
+        collapse.analyse(planted(models=1))
+    one, notes = collapse.analyse(planted(models=1), L0=0.1)
+    assert np.isnan(one['supercollapse_from']) and 'one model' in notes[0]
+    single, notes = collapse.analyse(planted(seeds=1))
+    assert np.isnan(single['sigma']).all() and np.isnan(single['supercollapse_from']) and 'one seed' in ' '.join(notes)
+    mixed = planted()
+    mixed.loc[mixed['seed'] == 1, 'schedule'] = 'cosine'
+    with pytest.raises(logs.LogError, match='schedule cosine, linear'):
+        collapse.analyse(mixed)
+    with pytest.raises(logs.LogError, match='below'):
+        collapse.analyse(planted(), L0=5.0)
+
+
+def command(*arguments, module='collapse'):
+    environment = {k: v for k, v in os.environ.items()}
+    return subprocess.run([sys.executable, '-m', f'figures.{module}', *map(str, arguments)], capture_output=True, text=True,
+                          env=environment)
+
+
+def test_command(tmp_path):
+    logs.write_parquet(planted(), tmp_path / 'log.parquet', source='planted')
+    start = time.monotonic()
+    done = command(tmp_path / 'log.parquet', '--json', '--out', tmp_path / 'figure.png', '--min-width', 40)
+    assert time.monotonic() - start < 60                                        # 3 s when the machine is quiet
+    result = json.loads(done.stdout)                                            # JSON, and nothing else
+    assert {'fit', 'x', 'delta', 'sigma', 'supercollapse_from', 'supercollapse_from_ci', 'supercollapse_from_every_model',
+            'ddof', 'seeds_per_model', 'duplicates_dropped', 'widths'} <= set(result)
+    assert {'a', 'b', 'L0', 'r2', 'a_ci', 'b_ci', 'L0_ci'} <= set(result['fit'])
+    assert min(result['widths']) == 64 and (tmp_path / 'figure.png').stat().st_size > 10_000
+    wrong = command(tmp_path / 'log.parquet', '--max-width', 1)
+    assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1 and 'no model with a width' in wrong.stderr
+
+
+def test_published_spread():
+    """mlp.pkl, D >= 384, every row, ddof 0, as published: Δ and σ at x = 0.5 and 0.9, to 5%."""
+    table, _, _ = logs.clean(logs.load(paper_log('mlp')), keep_duplicates=True)
+    result, _ = collapse.analyse(logs.between_widths(table, 384))
+    at = [49, 89]
+    np.testing.assert_allclose(result['delta'][at], [0.0038, 0.0017], rtol=0.05)
+    np.testing.assert_allclose(result['sigma'][at], [0.0022, 0.0031], rtol=0.05)
+    assert 0.7 <= result['supercollapse_from'] <= 0.8
+
+
+def test_constant_rate_does_not_close_in():
+    """chess_const.pkl up to each C*: Δ about 0.0016, 0.0017, 0.0014 at x = 0.5, 0.9, 0.98, to one unit of the last digit."""
+    result, _ = collapse.analyse(logs.clean(logs.load(paper_log('chess_const')))[0])
+    np.testing.assert_allclose(result['delta'][[49, 89, 97]], [0.0016, 0.0017, 0.0014], atol=1e-4)
