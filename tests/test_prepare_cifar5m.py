@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -80,6 +81,19 @@ def broken_parts(part, folder):
     np.savez(folder / 'fortran.npz', X=np.asfortranarray(X))
     np.savez(folder / 'labels.npz', X=X, Y=np.zeros(len(X) - 1))
     np.savez(folder / 'few.npz', X=X[:100])
+
+
+def test_killed_between_the_two_names_ends_in_the_same_bytes(parts, prepared, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(prepared, out)
+    (out / '.preparing').mkdir()
+    (out / '.preparing' / 'manifest.json').write_text(json.dumps(json.loads((out / 'meta.json').read_text())['source']))
+    (out / '.preparing' / 'done.json').write_text('3')
+    (out / 'meta.json').unlink()
+    (out / 'test.bin').rename(out / 'test.bin.part')
+    ran = killing.run('prepare_cifar5m.py', *parts, '--out', out)
+    assert ran.returncode == 0, ran.stderr
+    assert killing.checksums(out) == killing.checksums(prepared)
 
 
 @pytest.mark.parametrize('name, says', [
