@@ -147,11 +147,14 @@ def _falling_root(x, slope):
     for _ in range(5):
         z = (x - centre[..., None]) / WINDOW
         near = known & (np.abs(z) <= 1)
-        powers = np.where(near[..., None], np.stack([np.ones_like(z), z, z ** 2], -1), 0)     # [..., G, 3]
         crosses &= near.sum(-1) >= 6
-        normal = np.einsum('...gi,...gj->...ij', powers, powers) + 1e-9 * np.eye(3)
-        level, tilt, _ = np.moveaxis(np.linalg.solve(normal, np.einsum('...gi,...g->...i', powers, slope)[..., None])[..., 0],
-                                     -1, 0)
+        z0 = near.astype(float)
+        z1, value = z * z0, slope * z0
+        z2 = z1 * z1
+        m0, m1, m2, m3, m4 = z0.sum(-1), z1.sum(-1), z2.sum(-1), (z1 * z2).sum(-1), (z2 * z2).sum(-1)
+        normal = np.stack([m0, m1, m2, m1, m2, m3, m2, m3, m4], -1).reshape(*m0.shape, 3, 3) + 1e-9 * np.eye(3)
+        right = np.stack([value.sum(-1), (value * z1).sum(-1), (value * z2).sum(-1)], -1)
+        level, tilt, _ = np.moveaxis(np.linalg.solve(normal, right[..., None])[..., 0], -1, 0)
         crosses &= tilt < 0
         # Half a window a turn at most: a root far outside the fitted stretch would be an extrapolation.
         step = np.clip(np.divide(-level, tilt, out=np.zeros_like(level), where=crosses), -0.5, 0.5)

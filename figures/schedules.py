@@ -21,6 +21,7 @@ HALF_LIFE = 0.01   # of the run, for the smoothing of the pictures
 class Aligned(NamedTuple):
     """A run beside its constant-rate reference at equal τ. Arrays [n], one entry an evaluation inside the reference."""
     run: str
+    reference_run: str
     schedule: str
     decay_frac: float
     p: float
@@ -51,10 +52,11 @@ class Aligned(NamedTuple):
 
 class Fit(NamedTuple):
     alpha: float
-    alpha_se: float     # robust to correlation within a run (sandwich over runs); NaN for a single run
-    alpha_ci: list      # 90%, Student's t with runs - 1 degrees of freedom, or None
+    alpha_se: float     # sandwich over the reference runs, whose noise all their decaying runs share; NaN for a single run
+    alpha_ci: list      # 90%, Student's t with groups - 1 degrees of freedom, or None
     rmse: float         # over all evaluations of the decay phases, in units of the loss
     runs: int
+    groups: int         # reference runs; with a single one, the decaying runs stand alone and its noise is not in alpha_se
 
 
 def align(table):
@@ -78,7 +80,8 @@ def align(table):
             continue
         rank = [(abs(one['tokens'] - end['tokens']) <= 0.01 * end['tokens'], one.get('seed') == end.get('seed'), one['tokens'])
                 for _, one in match.iterrows()]
-        reference = rows[match.index[max(range(len(rank)), key=rank.__getitem__)]]
+        name = match.index[max(range(len(rank)), key=rank.__getitem__)]
+        reference = rows[name]
         own = rows[run]
         own = own[(own['tau'] >= reference['tau'].iloc[0]) & (own['tau'] <= reference['tau'].iloc[-1])]
         if len(own) < 2:
@@ -86,7 +89,7 @@ def align(table):
             continue
         at = own['tau'].to_numpy()
         aligned.append(Aligned(
-            run, end['schedule'], float(end.get('decay_frac', np.nan)), float(end['num_params']), float(end['tokens']),
+            run, name, end['schedule'], float(end.get('decay_frac', np.nan)), float(end['num_params']), float(end['tokens']),
             float(end['peak_lr']), (own['tokens'] / end['tokens']).to_numpy(), at, (own['lr'] / end['peak_lr']).to_numpy(),
             own['test_loss'].to_numpy(), np.interp(at, reference['tau'], reference['test_loss']), own['Buvar'].to_numpy(),
             np.interp(at, reference['tau'], reference['Buvar'])))
@@ -117,15 +120,21 @@ def fit(aligned, second_term=False):
         raise LogError('no evaluation in a decay phase has a Tr Σ (Buvar); α cannot be fitted')
     alpha = sum(a @ b for a, b in zip(z, y, strict=True)) / square
     residual = [b - alpha * a for a, b in zip(z, y, strict=True)]
-    G = sum(len(a) > 0 for a in z)
+    used = [i for i, a in enumerate(z) if len(a)]
+    references = {aligned[i].reference_run for i in used}
+    group = [aligned[i].reference_run if len(references) > 1 else aligned[i].run for i in used]
+    G = len(set(group))
     se, ci = np.nan, None
     if G > 1:
         from scipy.special import stdtrit
-        se = np.sqrt(sum((a @ r) ** 2 for a, r in zip(z, residual, strict=True)) * G / (G - 1)) / square
+        score = {}
+        for i, name in zip(used, group, strict=True):
+            score[name] = score.get(name, 0) + z[i] @ residual[i]
+        se = np.sqrt(sum(value ** 2 for value in score.values()) * G / (G - 1)) / square
         half = stdtrit(G - 1, (1 + LEVEL) / 2) * se
         ci = [float(alpha - half), float(alpha + half)]
     rmse = np.sqrt(np.mean(np.concatenate(residual) ** 2))
-    return Fit(float(alpha), float(se), ci, float(rmse), G)
+    return Fit(float(alpha), float(se), ci, float(rmse), len(used), len(references))
 
 
 def _term(one, second_term):
@@ -178,6 +187,8 @@ def main():
     table, notes, copies = command.read(args)
     aligned, more = align(table)
     result, whole, errors = fit(aligned), fit(aligned, second_term=True), leave_one_out(aligned)
+    if result.groups == 1 < result.runs:
+        notes.append('one constant-rate run: its own noise is not in the standard error of α')
     if result.runs == 1:
         notes.append('a single run with a decay phase: α has no standard error and no schedule can be left out')
     if args.out:

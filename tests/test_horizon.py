@@ -1,0 +1,96 @@
+"""The horizon fit recovers a planted C*, covers it, and refuses what cannot carry it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from figures import horizon
+from figures import table as logs
+from tests.logs_of import paper_log, power_law_table
+from tests.test_collapse import command
+
+SCALE, EXPONENT = np.sqrt(1e15 / 6), 2.0  # planted: C* = 6p² = 1e15·(p / SCALE)²
+
+
+def planted(seed=0, seeds=3, past=10.0, **options):
+    """Constant-rate runs of the planted law, each trained past its own C* = 6p², far enough for its neighbours to cross."""
+    return power_law_table(np.random.default_rng(seed), seeds=seeds, past=past, schedule='const', **options)
+
+
+def noisy_curves(rng, models=8, seeds=5, offset=3e-3, jitter=5e-3, nu=0.5):
+    """horizon.Curves of L = 0.1 + 30·t^(-½) + 30·p^(-ν), whose C* is known, without a table's overhead; and the truth."""
+    p = np.geomspace(1e6, 3e7, models)
+    gamma = nu / 0.5
+    horizon_of = lambda q: gamma ** -2 * q ** gamma  # noqa: E731  from µ·t^(-µ) = ν·p^(-ν), µ = ½ (eq. 6)
+    end = 20 * horizon_of(p[-1])
+    x = np.log10(6 * horizon_of(p[0]) * p[0]) - 1, np.log10(6 * end * p[-1])
+    grid = np.linspace(*x, int((x[1] - x[0]) * horizon.POINTS_PER_DECADE))
+    t = 10 ** grid / (6 * p[:, None])
+    clean = np.where(t <= end, 0.1 + 30 * t ** -0.5 + 30 * p[:, None] ** -nu, np.nan)
+    # About ten evaluations are averaged at each point of the grid.
+    loss = [row * (1 + offset * rng.normal(size=(seeds, 1)) + jitter / 3 * rng.normal(size=(seeds, len(grid)))) for row in clean]
+    exponent = 1 + gamma
+    return horizon.Curves(10 ** grid, p, loss), (gamma ** -2 * 6 / 1e15) ** (-1 / exponent), exponent
+
+
+def test_clean_curves_give_the_planted_horizon():
+    curves = horizon.smooth_curves(planted(seeds=1, offset=0, jitter=0, evals=400))
+    found = horizon.fit(curves)
+    # A discrete ladder of models a factor of 2 apart: the three-point derivative is off by a few per cent of C*.
+    assert found.exponent == pytest.approx(EXPONENT, abs=0.02) and found.scale == pytest.approx(SCALE, rel=0.03)
+    assert len(found.p) == 4                                                    # of six: the ends are dropped
+
+
+def test_horizon_helpers_agree():
+    p = np.array([1e6, 1e7])
+    np.testing.assert_allclose(horizon.optimal_tokens(p, SCALE, EXPONENT), p, rtol=1e-12)  # C* = 6p² is t* = p
+    table = horizon.with_horizon(planted(), SCALE, EXPONENT)
+    np.testing.assert_allclose(table['opt_compute'], 6 * table['num_params'] ** 2, rtol=1e-12)
+
+
+def test_coverage_of_the_90_percent_intervals():
+    """200 planted ladders: scale and exponent lie in their intervals in 80 to 97%, and neither estimate is biased."""
+    hits, errors = [], []
+    for seed in range(200):
+        curves, scale, exponent = noisy_curves(np.random.default_rng(seed), nu=0.45)
+        found = horizon.fit(curves, draws=100, seed=seed)
+        hits.append([found.scale_ci[0] <= scale <= found.scale_ci[1],
+                     found.exponent_ci[0] <= exponent <= found.exponent_ci[1]])
+        errors.append([np.log(found.scale / scale), found.exponent - exponent])
+    coverage = np.mean(hits, 0)
+    assert ((coverage >= 0.80) & (coverage <= 0.97)).all(), coverage
+    assert (np.abs(np.mean(errors, 0)) < 0.5 * np.std(errors, 0)).all()
+
+
+def test_one_seed_has_intervals_from_the_models_alone():
+    found = horizon.fit(horizon.smooth_curves(planted(seeds=1)))
+    assert found.seeds == 1 and np.isnan(found.spread).all() and np.ptp(found.exponent_ci) > 0
+
+
+def test_too_little_is_refused():
+    with pytest.raises(logs.LogError, match='at least two models'):
+        horizon.fit(horizon.smooth_curves(planted(models=3)))
+    with pytest.raises(logs.LogError, match='at least two models'):
+        horizon.fit(horizon.smooth_curves(planted(models=1)))
+    with pytest.raises(logs.LogError, match='none .schedules: linear'):
+        horizon.constant_rate(power_law_table(np.random.default_rng(0)))
+    with pytest.raises(logs.LogError, match='needs num_params'):
+        horizon.constant_rate(planted().drop(columns='num_params'))
+
+
+def test_command(tmp_path):
+    logs.write_parquet(planted(), tmp_path / 'log.parquet', source='planted')
+    done = command(tmp_path / 'log.parquet', '--json', '--out', tmp_path / 'figure.pdf', module='horizon')
+    result = json.loads(done.stdout)
+    assert {'scale', 'exponent', 'scale_ci', 'exponent_ci', 'r2'} <= set(result)
+    assert result['exponent_ci'][0] <= EXPONENT <= result['exponent_ci'][1]
+    assert (tmp_path / 'figure.pdf').read_bytes().startswith(b'%PDF')
+
+
+def test_chess_horizon_agrees_with_the_published_one():
+    """855499 and 2.0268 were published from these runs and a narrower model: inside our 90% intervals."""
+    table, _ = horizon.constant_rate(logs.clean(logs.load(paper_log('chess_const')))[0])
+    found = horizon.fit(horizon.smooth_curves(table))
+    assert found.exponent_ci[0] <= 2.02678 <= found.exponent_ci[1] and found.scale_ci[0] <= 855499 <= found.scale_ci[1]
+    assert found.staircase['exponent'] == pytest.approx(2.02678, abs=0.06)

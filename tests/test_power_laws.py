@@ -1,0 +1,59 @@
+"""Exact power laws collapse at γ* and nowhere else; the phases' exponents balance their terms."""
+
+import numpy as np
+import pytest
+
+from figures import power_laws
+from figures import table as logs
+
+
+def test_two_terms_collapse_exactly_at_the_optimal_exponent_alone():
+    assert power_laws.deviation(power_laws.TWO_TERMS, 1.0) < 1e-6
+    for factor in (0.9, 1.1):
+        assert power_laws.deviation(power_laws.TWO_TERMS, factor) > 0.05
+    assert power_laws.deviation(power_laws.Terms((0.3, 0), (0, 0.4), (2.0, 5.0)), 4 / 3) < 1e-6  # γ* = ν/µ, any multipliers
+
+
+def test_optimal_exponent_minimises_the_loss_at_fixed_compute():
+    """The p that is best at compute c follows p ∝ c^(1/(1+γ*)): brute force on a fine grid of p."""
+    p = np.geomspace(1, 1e12, 200001)
+    best = [p[power_laws.loss(power_laws.TWO_TERMS, c / (6 * p), p).argmin()] for c in (1e8, 1e16)]
+    assert np.log(best[1] / best[0]) / np.log(1e8) == pytest.approx(1 / 2, abs=1e-4)  # the grid's spacing
+
+
+def test_phase_two_is_asymptotically_optimal_and_collapses():
+    gamma, terms = power_laws.data_exponent(0.6, 0.52), power_laws.phase_terms(0.6, 0.52)
+    total = [mu * gamma + nu for mu, nu in zip(terms.mu, terms.nu, strict=True)]
+    assert total[1] == pytest.approx(total[2], rel=1e-12) and total[0] > total[1]     # the two that lead tie (theorem F.1)
+    spread = [power_laws.deviation(terms, factor * gamma) for factor in (0.9, 1.0, 1.1)]
+    assert spread[1] < 0.02 < 0.2 < min(spread[0], spread[2])
+    large = power_laws.deviation(terms, gamma, p=np.geomspace(1e100, 1e110, 5))
+    assert large < 0.5 * spread[1]                                # and better with size, though as slowly as p^(-0.008)
+
+
+def test_phases_meet_at_their_borders():
+    """The parameter exponent is continuous where two phases meet, as an optimum must be."""
+    near = 1e-6
+    for alpha, beta in [(0.8, 0.8), (0.3, 0.5)]:                                      # II | III; Ib | IVa or IVb
+        if alpha > 0.5:
+            left, right = (alpha, beta - near), (alpha, beta + near)
+        else:
+            left, right = (alpha, beta - near), (alpha, beta + near)
+        assert power_laws.parameter_exponent(*left) == pytest.approx(power_laws.parameter_exponent(*right), abs=1e-5)
+    assert power_laws.phase(0.6, 0.4) == 'Ia' and power_laws.phase(0.2, 0.6) == 'Ic'
+    assert power_laws.data_exponent(0.7, 0.9) == 1
+    with pytest.raises(ValueError, match='phase III'):
+        power_laws.phase_terms(0.6, 0.7)
+
+
+def test_joint_fit_recovers_the_planted_law():
+    rng = np.random.default_rng(0)
+    p, x = np.repeat(np.geomspace(1e6, 1e8, 6), 40), np.tile(np.geomspace(0.02, 1, 40), 6)
+    t = x * 20 * p
+    truth = 0.5 + 30 * t ** -0.4 + 10 * p ** -0.35
+    exact = power_laws.fit_joint(t, p, truth)
+    np.testing.assert_allclose([exact.L0, exact.A, exact.mu, exact.B, exact.nu], [0.5, 30, 0.4, 10, 0.35], rtol=5e-3)
+    noisy = power_laws.fit_joint(t, p, truth * (1 + 1e-3 * rng.normal(size=len(t))))
+    assert noisy.error == pytest.approx(1e-3, rel=0.2)
+    with pytest.raises(logs.LogError, match='at least three models'):
+        power_laws.fit_joint(t[:80], p[:80], truth[:80])
