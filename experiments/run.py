@@ -5,6 +5,7 @@ rest. What a point trains is train.py's, where it is recorded is record.py's.
 """
 import argparse
 import itertools
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,12 @@ class Point(NamedTuple):
     def compute(self):
         """C = 6·p·t FLOPs of one seed, to the end of its last whole step (paper, §2.2)."""
         return 6.0 * self.run.derived.num_params * self.run.derived.steps * self.run.derived.tokens_per_step
+
+    @property
+    def evaluation(self):
+        """FLOPs of one seed's evaluations, not part of C: each takes the gradients of all test batches."""
+        evaluations = len(train.evaluation_points(self.run.num_evals, self.run.derived.steps))
+        return self.compute * evaluations * self.run.derived.num_test_batches / self.run.derived.steps
 
 
 def read_sweep(path):
@@ -123,7 +130,8 @@ def train_points(points):
     """
     failed = set()
     points = [point for point in points if point.todo]
-    with tqdm(total=sum(point.compute * len(point.todo) for point in points), unit='FLOP', unit_scale=True, smoothing=0.05) as bar:
+    total = sum(point.compute * len(point.todo) for point in points)
+    with tqdm(total=total, unit='FLOP', unit_scale=True, smoothing=0.05, disable=not points) as bar:
         for point in points:
             run, compute = point.run, point.compute * len(point.todo)
             end, of_step = bar.n + compute, compute / run.derived.steps
@@ -140,6 +148,8 @@ def train_points(points):
                 bar.write(f"{point.label}: {row['state']}, test loss {row['test loss']}")
             except train.Interrupted as stop:
                 return failed, stop
+            except KeyboardInterrupt:  # Ctrl-C while the run was being made ready, before train.train listens for signals
+                return failed, train.Interrupted(signal.SIGINT)
             except Exception as error:  # whatever befell this point, the others have their turn, and the exit code tells
                 failed.add(point.label)
                 bar.write(f"{point.label}: failed, {type(error).__name__}: {' '.join(str(error).split())}")
@@ -162,14 +172,15 @@ def results(run, failed=False):
 
 def table(points, failed=()):
     """The grid as text, a line a point."""
-    rows, runs, total = [], 0, 0.0
+    rows, runs, compute, evaluation = [], 0, 0.0, 0.0
     for point in points:
         d, seeds = point.run.derived, len(point.run.all_seeds)
         rows.append({**point.swept, 'p': f'{d.num_params:,}', 'C (FLOPs)': f'{point.compute:.3e}', 'steps': f'{d.steps:,}',
                      'tokens': f'{d.steps * d.tokens_per_step:.3e}', 'seeds': seeds, **results(point.run, point.label in failed)})
-        runs, total = runs + seeds, total + point.compute * seeds
+        runs, compute, evaluation = runs + seeds, compute + point.compute * seeds, evaluation + point.evaluation * seeds
     return (f'{pd.DataFrame(rows).to_string(index=False)}\n'
-            f'{runs} runs, {total:.3e} FLOPs (6·p·t) in all; test loss: mean ± standard deviation over seeds (ddof 1)')
+            f'{runs} runs, {compute:.3e} FLOPs (6·p·T), evaluation +{evaluation / compute:.0%}; '
+            'test loss: mean ± standard deviation over seeds (ddof 1)')
 
 
 def main(argv=None):

@@ -1,0 +1,257 @@
+"""The sweep files hold the paper's grids with true headers, and the runner trains a grid to the end whatever befalls a point."""
+import functools
+import json
+import re
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import yaml
+
+import config
+import train
+from experiments import run as runner
+
+FOLDER = Path(runner.__file__).parent
+
+# The grids, written a second time from the paper (section 2, appendices A and C) and its published logs.
+MLP_WIDTHS = [384, 512, 645, 812, 1024, 1290, 1625, 2048]
+WIDTHS = [768, 896, 1024, 1152, 1280, 1536, 1792, 2048]
+SEEDS = {'seed': [0, 1, 2, 3, 4]}
+MLP = {'model.N': [5], 'opt.lr': [0.001], 'opt.B': [4096], 'opt.readout_lr_mult': [1], 'opt.warmup_tokens': [0]}
+MLP_HORIZON = {'scale': [1346251.612836], 'exponent': [2.040882]}
+TRANSFORMER = {'model.N': [3], 'opt.lr': [0.01], 'opt.b1': [0.9], 'opt.b2': [0.95], 'model.embed_init_std': [0.1],
+               'opt.embed_lr_mult': [10], 'opt.readout_lr_mult': [1]}
+CHESS = {**TRANSFORMER, 'model.L': [128], 'opt.B': [512], 'opt.warmup_tokens': [10e6]}
+CIFAR = {**TRANSFORMER, 'model.L': [1024], 'opt.B': [64], 'opt.warmup_tokens': [50e6]}
+CIFAR_SCHEDULES = {**CIFAR, 'opt.warmup_tokens': [10e6]}
+FOUR = {'opt.schedule': ['const', 'linear', 'cosine', 'multicosine'], 'opt.decay_frac': [1.0, 0.2]}
+THREE = {'opt.schedule': ['const', 'linear', 'multicosine'], 'opt.decay_frac': [1.0, 0.2]}
+CONST, LINEAR = {'opt.schedule': ['const']}, {'opt.schedule': ['linear']}
+GRIDS = {  # file: (config, wandb_tag, runs, the rest)
+    'mlp_fit': ('mlp', 'mlp_fit', 10, {**MLP, **CONST, 'T': [15e9], 'model.D': [256, *MLP_WIDTHS, 2580]}),
+    'mlp': ('mlp', 'mlp', 8, {**MLP, **LINEAR, **MLP_HORIZON, 'model.D': MLP_WIDTHS}),
+    'mlp_no_mup': ('mlp', 'mlp_no_mup', 8, {**MLP, **LINEAR, **MLP_HORIZON, 'model.D': MLP_WIDTHS, 'model.match_mup_at_D': [384]}),
+    'mlp_schedules_a': ('mlp', 'mlp_schedules', 8, {**MLP, **FOUR, 'model.D': [1024], 'T': [1e9]}),
+    'mlp_schedules_b': ('mlp', 'mlp_schedules_across_D', 18, {**MLP, **THREE, 'model.D': [512, 1024, 2048], 'T': [1e9]}),
+    'mlp_schedules_c': ('mlp', 'mlp_schedules_across_T', 54,
+                        {**MLP, **THREE, 'model.D': [512, 1024, 2048], 'T': [0.5e9, 1e9, 2e9]}),
+    'chess_fit': ('chess', 'chess_fit', 45, {**CHESS, **CONST, **SEEDS, 'T': [25e9], 'model.D': [640, *WIDTHS]}),
+    'chess': ('chess', 'chess', 40,
+              {**CHESS, **LINEAR, **SEEDS, 'model.D': WIDTHS, 'scale': [855499.217040], 'exponent': [2.026780]}),
+    'cifar5m_fit': ('cifar5m', 'c5m_fit', 40, {**CIFAR, **CONST, **SEEDS, 'T': [50e9], 'model.D': WIDTHS}),
+    'cifar5m': ('cifar5m', 'c5m', 40,
+                {**CIFAR, **LINEAR, **SEEDS, 'model.D': WIDTHS, 'scale': [540003.747913], 'exponent': [2.045867]}),
+    'cifar5m_schedules_a': ('cifar5m', 'c5m_schedules', 8, {**CIFAR_SCHEDULES, **FOUR, 'model.D': [1024], 'T': [10e9]}),
+    'cifar5m_schedules_b': ('cifar5m', 'c5m_schedules_across_D', 18,
+                            {**CIFAR_SCHEDULES, **THREE, 'model.D': [768, 1280, 2048], 'T': [10e9]}),
+    'cifar5m_schedules_c': ('cifar5m', 'c5m_schedules_across_T', 24,
+                            {**CIFAR_SCHEDULES, **THREE, 'model.D': [1024], 'T': [2.5e9, 5e9, 10e9, 20e9]}),
+}
+FILES = sorted(path.stem for path in FOLDER.glob('*.yaml'))
+
+
+@functools.cache
+def points_of(name):
+    return runner.expand(*runner.read_sweep(FOLDER / f'{name}.yaml'), data_needed=False)
+
+
+@pytest.mark.parametrize('name', GRIDS)
+def test_grids_are_the_papers(name):
+    config_name, tag, _, grid = GRIDS[name]
+    found_config, axes = runner.read_sweep(FOLDER / f'{name}.yaml')
+    assert found_config == config_name
+    assert axes == {**grid, 'wandb_tag': [tag], 'wandb_project': ['supercollapse'], 'wandb_mode': ['offline']}
+
+
+def test_there_are_thirteen_sweeps_of_the_paper_and_the_demo():
+    assert len(GRIDS) == 13 and {*GRIDS, 'demo'} <= set(FILES)
+
+
+def closed_form(run):
+    """(p, steps) by the formulas of the paper (appendices A and C)."""
+    m = run.model
+    p = 8 * m.D + 2 * m.N * m.D**2 + m.D if run.arch == 'mlp' else (2 * m.V + m.L) * m.D + m.N * (4 + 2 * m.mlp_expansion) * m.D**2
+    T = run.T if run.scale is None else 1e15 * (p / run.scale) ** run.exponent / (6 * p)
+    return p, int(T / (run.opt.B * m.L))
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_every_grid_point_is_a_valid_run_and_the_header_is_true(name):
+    points = points_of(name)
+    for point in points:
+        assert (point.run.derived.num_params, point.run.derived.steps) == closed_form(point.run), point.label
+    runs = sum(len(point.run.all_seeds) for point in points)
+    assert name not in GRIDS or runs == GRIDS[name][2]
+
+    header = ' '.join(line.lstrip('# ') for line in (FOLDER / f'{name}.yaml').read_text().splitlines() if line.startswith('#'))
+    pattern = r'Runs: (\S+) Cost: (\S+) FLOPs .*?, (\S+) (hours|minutes) at (\S+) FLOP/s .*?evaluation \+(\d+)%'
+    said_runs, said_flops, time, unit, rate, said_evaluation = re.search(pattern, header).groups()
+    assert int(said_runs) == runs
+    flops = evaluation = 0
+    for point in points:
+        run, seeds = point.run, len(point.run.all_seeds)
+        of_batch = 6 * run.derived.num_params * run.opt.B * run.model.L * seeds  # forward and backward
+        flops += of_batch * run.derived.steps
+        evaluations = len(train.evaluation_points(run.num_evals, run.derived.steps))
+        evaluation += of_batch * evaluations * run.derived.num_test_batches
+    assert float(said_flops) == pytest.approx(flops, rel=5e-4)  # four digits are stated
+    seconds = flops / float(rate)
+    assert float(time.replace(',', '')) == pytest.approx(seconds / {'hours': 3600, 'minutes': 60}[unit], rel=0.006)  # three, or two
+    assert int(said_evaluation) == round(100 * evaluation / flops)
+
+
+def test_published_sizes_and_lengths():
+    """p as the paper counts it, and one step more than the last logged one of the published runs, which stop an update early."""
+    mlp = {point.run.model.D: point.run.derived for point in points_of('mlp')}
+    assert mlp[384].num_params == 1_478_016
+    assert [mlp[D].steps for D in MLP_WIDTHS] == [33_309, 60_590, 97_953, 158_145, 256_258, 414_358, 669_941, 1_084_310]
+    chess = {point.run.model.D: point.run.derived for point in points_of('chess_fit')}
+    assert (chess[768].num_params, chess[768].steps) == (10_813_440, 381_469)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_wandb_agent_can_run_it(name):
+    """Numbers are numbers (YAML reads 15e9 and 1e-3 as text), and the arguments an agent makes of them compose to the same run."""
+    sweep = yaml.safe_load((FOLDER / f'{name}.yaml').read_text())
+    assert (sweep['program'], sweep['method']) == ('train.py', 'grid')
+    assert sweep['command'][:3] == ['${env}', 'python', '${program}'] and sweep['command'][-1] == '${args_no_hyphens}'
+    assert sweep['project'] == sweep['parameters']['wandb_project']['value']  # an agent's project wins over the configuration's
+    for key, given in sweep['parameters'].items():
+        for value in given.get('values', [given.get('value')]):
+            if isinstance(value, str):
+                with pytest.raises(ValueError):
+                    float(value)
+                    pytest.fail(f'{key}: {value} is text')
+    config_name, axes = runner.read_sweep(FOLDER / f'{name}.yaml')
+    with hydra.initialize_config_dir(str(Path(train.__file__).parent / 'configs'), version_base=None):
+        cfg = hydra.compose(config_name, [f'{key}={values[0]}' for key, values in axes.items()])
+    alone = config.resolve(cfg)
+    assert any(config.run_name(alone, alone.seed) == config.run_name(point.run, seed)
+               for point in points_of(name) for seed in point.run.all_seeds)
+
+
+TINY = """
+program: train.py
+method: grid
+command: ['${env}', python, '${program}', -cn, mlp, wandb_mode=online, '${args_no_hyphens}']
+parameters:
+  wandb_tag: {value: tiny}
+  model.N: {value: 1}
+  model.D: {values: [16, 8]}
+  seed: {values: [0, 1]}
+  opt.B: {value: 64}
+  opt.lr: {value: 0.001}
+  T: {value: 640}
+  T_eval: {value: 64}
+  num_evals: {value: 2}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, tmp_path_factory, monkeypatch):
+    """A sweep file of 2 widths × 2 seeds × 10 steps, in a folder of its own that runs are written to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp()))
+    monkeypatch.setattr(train, 'matmul_rate', lambda dtype: 1e11)
+    (tmp_path / 'tiny.yaml').write_text(TINY)
+    return 'tiny.yaml'
+
+
+def run(*arguments):
+    """The runner's exit code, 0 if it returns."""
+    try:
+        runner.main(list(arguments))
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_runner_trains_a_grid_once(tiny, capsys):
+    assert run(tiny, 'wandb_mode=disabled') == 0
+    table = capsys.readouterr().out
+    summaries = [json.loads(path.read_text()) for path in sorted(Path('runs/tiny').glob('*/summary.json'))]
+    assert [summary['state'] for summary in summaries] == ['finished'] * 4
+    for D in (8, 16):
+        losses = [summary['test_loss'] for summary in summaries if f'_D{D}_' in summary['name']]
+        row = next(line for line in table.splitlines() if line.split()[:1] == [str(D)])
+        assert f'{np.mean(losses):.5f} ± {np.std(losses, ddof=1):.5f}' in row and 'finished' in row
+    assert table.index('model.D=8:') < table.index('model.D=16:'), 'the smallest compute comes first'
+
+    written = {path: path.stat().st_mtime_ns for path in Path('runs').rglob('*')}
+    assert run(tiny, 'wandb_mode=disabled') == 0
+    assert {path: path.stat().st_mtime_ns for path in Path('runs').rglob('*')} == written, 'the second call trains nothing'
+    assert capsys.readouterr().out.splitlines()[-4:] == table.splitlines()[-4:], 'and shows the same table'
+
+
+def test_one_failure_does_not_stop_the_rest(tiny, capsys, write_tokens):
+    """A data set is too short, a learning rate takes the weights past float32; the good pair trains, and the exit code tells."""
+    write_tokens(name='good')
+    write_tokens(name='short', test=np.zeros(8, np.uint8))
+    overrides = ['ds_path=short,good', 'opt.lr=1e37,0.01', 'seed=0', 'arch=transformer', 'model.V=64', 'model.L=16', 'model.dh=8',
+                  'model.D=8', 'opt.B=4', 'wandb_mode=disabled']
+    assert run(tiny, *overrides) == 1
+    out = capsys.readouterr().out
+    for lr in ('1e37', '0.01'):
+        assert re.search(rf'^opt.lr={lr} ds_path=short: failed, ValueError: short/test.bin: 8 test tokens are fewer', out, re.M)
+        assert re.search(rf'^ +{lr} +short .* failed', out, re.M)
+    assert re.search(r'^ +1e37 +good .* diverged', out, re.M)
+    assert re.search(r'^ +0.01 +good .* finished', out, re.M)
+
+
+@pytest.mark.parametrize('overrides, told', [
+    (['model.Q=3'], "unknown key 'model.Q'"),
+    (['model.D=8,abc'], 'model.D=abc: model.D'),
+    (['opt.schedule=linear,line'], 'opt.schedule=line: opt.schedule=line is unknown'),
+    (['model.D'], 'model.D is no override'),
+    (['model.D=8,8'], 'two points of the grid write the folder'),
+    (['run_dir=here'], 'two points of the grid write the folder'),
+])
+def test_bad_grids_are_refused_before_the_first_run(tiny, overrides, told):
+    message = run(tiny, *overrides)
+    assert told in message and '\n' not in message
+    assert not Path('runs').exists()
+
+
+@pytest.mark.parametrize('text, told', [
+    ('a: [', 'is not YAML'),
+    ('method: bayes', 'is no grid sweep'),
+    ('{method: grid, parameters: {}}', 'names no configuration'),
+    ('{method: grid, parameters: {}, command: [-cn, chesss]}', 'chesss'),
+    ('{method: grid, parameters: {T: 3}, command: [-cn, mlp]}', 'parameter T has no values'),
+])
+def test_bad_files_are_refused(tmp_path, text, told):
+    (tmp_path / 'bad.yaml').write_text(text)
+    message = run(str(tmp_path / 'bad.yaml'))
+    assert told in message and '\n' not in message
+    assert 'missing.yaml' in run(str(tmp_path / 'missing.yaml'))
+
+
+def test_overrides_and_seeds(tiny):
+    name, axes = runner.read_sweep(tiny)
+    assert axes['wandb_mode'] == ['offline'], 'online in the file is not online here'
+    over = axes | dict(map(runner.read_override, ['model.D=32,64', 'opt.lr=1e-2', 'wandb_mode=online']))
+    points = runner.expand(name, over)
+    assert [(point.swept, point.run.opt.lr, point.run.wandb_mode, point.run.seeds) for point in points] == [
+        ({'model.D': 32}, 0.01, 'online', [0, 1]), ({'model.D': 64}, 0.01, 'online', [0, 1])]
+    grouped = runner.expand(name, axes)[0].run
+    alone = runner.expand(name, axes | {'seed': [1]})[0].run
+    assert config.run_name(alone, 1) == config.run_name(grouped, 1), 'fused or alone, a seed is the same run'
+    assert alone.seeds is None
+
+
+def test_dry_run_trains_nothing(tiny, capsys):
+    assert run(tiny, '--dry-run') == 0
+    assert re.search(r'^ *8 +200 +7.680e\+05 +10 +6.400e\+02 +2 +not trained', capsys.readouterr().out, re.M)
+    assert not Path('runs').exists()
+
+
+@pytest.mark.parametrize('stop, code', [(train.Interrupted(15), 128 + 15), (KeyboardInterrupt(), 128 + 2)])
+def test_an_interrupt_stops_with_its_own_exit_code(tiny, capsys, monkeypatch, stop, code):
+    def interrupted(run, on_steps):
+        raise stop
+
+    monkeypatch.setattr(train, 'train', interrupted)
+    assert run(tiny) == code
+    assert capsys.readouterr().out.count('not trained') == 2, 'the second point is not begun, and the table is shown'
