@@ -82,7 +82,7 @@ def opened(path: str):
 
 
 def size_up(path: str) -> tuple[int, int]:
-    """(bytes or rows, which identify the input, and games, 0 if unknown). Checks columns and types before anything is read."""
+    """(bytes, by which a run knows its input again, and games, 0 if unknown). Checks columns and types before any is read."""
     if not path.endswith('.parquet'):
         with opened(path) as file:
             head = file.read(1 << 22)
@@ -97,7 +97,8 @@ def size_up(path: str) -> tuple[int, int]:
             if not (pa.types.is_integer(kind) if name.endswith('Elo') else pa.types.is_string(kind)
                     or pa.types.is_large_string(kind)):
                 raise ValueError(f'{path}: column {name} is {kind}; wanted {"integers" if name.endswith("Elo") else "text"}')
-        return file.metadata.num_rows, file.metadata.num_rows
+        facts = file.metadata
+        return sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)), facts.num_rows
 
 
 def read_games(path: str):
