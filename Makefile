@@ -3,10 +3,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test lint bench figures lock clean
+.PHONY: help setup demo test lint bench figures games images measure-prepare lock clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/complete ## build .venv from requirements.lock (Python 3.11 or newer)
 
@@ -31,6 +31,15 @@ bench: .venv/complete ## measure the training step against this machine's matmul
 
 figures: .venv/complete ## run the notebooks on the saved logs and write their figures
 	$(RUN) -m figures.render
+
+games: .venv/complete ## play 4,000 chess games with Stockfish into data/games (needs the program stockfish)
+	$(RUN) tests/make_games.py data/games --games 4000
+
+images: .venv/complete ## cut one CIFAR-5M-sized part (3 GB) from photographs into data/images
+	$(RUN) tests/make_images.py data/images --parts 1 --images 1000448
+
+measure-prepare: .venv/complete ## rates, memory, kills and a full disk at true size (15 minutes, 60 GB, disk part as root)
+	$(RUN) tests/measure_prepare.py data/measure
 
 lock: ## refresh requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --python-version 3.11 --universal --upgrade --no-header --no-emit-index-url -o requirements.lock

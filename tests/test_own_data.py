@@ -1,0 +1,29 @@
+"""The README's walk-through "Your own data", run as it stands."""
+
+import json
+import os
+import pydoc_data.topics
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+
+
+def test_own_data_walk_through(tmp_path):
+    section = re.search(r'^## Your own data$(.*?)^## ', (HERE / 'README.md').read_text() + '\n## ', re.M | re.S)[1]
+    commands = re.search(r'```bash\n(.*?)```', section, re.S)[1]
+    for file in HERE.glob('*.py'):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(HERE / 'configs', tmp_path / 'configs')
+    (tmp_path / 'book.txt').write_text(Path(pydoc_data.topics.__file__).read_text()[:120_000])  # English, and everywhere
+    env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'WANDB_MODE': 'disabled'}
+    ran = subprocess.run(['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=env, capture_output=True, text=True,
+                         timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    unigram = float(re.search(r'([\d.]+) of test', (tmp_path / 'configs' / 'mytext.yaml').read_text())[1])
+    [summary] = tmp_path.glob('runs/**/summary.json')
+    history = [json.loads(line) for line in summary.with_name('history.jsonl').read_text().splitlines()]
+    assert history[-1]['test_loss'] < unigram < history[0]['test_loss']  # it has learnt more than how common each byte is

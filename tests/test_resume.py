@@ -1,0 +1,76 @@
+"""A run that is stopped goes on as if nothing had happened, and one spread over several devices computes the same."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import record
+import train
+
+ROOT = Path(train.__file__).parent
+TINY = ['-cn', 'mlp', 'model.N=2', 'model.D=16', 'opt.B=64', 'opt.lr=0.01', 'T=3840', 'num_evals=8', 'T_eval=128', 'wandb_mode=disabled']
+
+
+class StopAt:
+    """A progress callback that sends the process a signal once `step` steps are done."""
+
+    def __init__(self, step):
+        self.step, self.done = step, 0
+
+    def __call__(self, steps, shown):
+        self.done += steps
+        if self.done >= self.step:
+            self.step = float('inf')
+            signal.raise_signal(signal.SIGTERM)
+
+
+OVERRIDES = ('opt.B=64', 'T=3840', 'num_evals=8', 'T_eval=128', 'seeds=[0,1]')
+
+
+@pytest.fixture(scope='module')
+def straight(small_mlp, tmp_path_factory):
+    """The folder of a run of 60 steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp('straight')
+    run = small_mlp(*OVERRIDES, f'run_dir={folder}')
+    assert run.derived.steps == 60
+    train.train(run)
+    return folder
+
+
+@pytest.mark.parametrize('stop', [1, 17, 60])  # 60: after the last update, before the last evaluation
+def test_a_stopped_run_goes_on_bit_for_bit(small_mlp, straight, tmp_path, stop):
+    run = small_mlp(*OVERRIDES, f'run_dir={tmp_path}')
+    with pytest.raises(train.Interrupted):
+        train.train(run, StopAt(stop))
+    assert record.read_summary(tmp_path / 'seed1')['state'] == 'interrupted'
+    before = (tmp_path / 'seed1' / 'history.jsonl').read_text()
+    whole = (straight / 'seed1' / 'history.jsonl').read_text()
+    assert before != whole and whole.startswith(before)  # the control: something was left to do
+
+    train.train(run)
+    for seed in ('seed0', 'seed1'):
+        assert (tmp_path / seed / 'history.jsonl').read_text() == (straight / seed / 'history.jsonl').read_text()
+    assert not (tmp_path / 'seed1' / 'checkpoints').exists()
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    (tmp_path / 'history.jsonl').write_text('{"step": 0}\n{"step": 1}\n{"ste')
+    assert [row['step'] for row in record.read_history(tmp_path)] == [0, 1]
+
+
+def final_losses(folder, devices, *overrides):
+    flags = {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    subprocess.run([sys.executable, ROOT / 'train.py', *TINY, f'run_dir={folder}', *overrides], env=flags, check=True, capture_output=True)
+    return [row['test_loss'] for row in map(json.loads, (folder / 'history.jsonl').read_text().splitlines())]
+
+
+def test_four_devices_compute_what_one_does(tmp_path):
+    one = final_losses(tmp_path / 'one', 1)
+    assert one[-1] < 0.97 * one[0]  # it learns
+    # The sums over a batch are taken in another order: float32 round-off, some 1e-7 a step and up to 60 steps.
+    assert final_losses(tmp_path / 'four', 4) == pytest.approx(one, rel=2e-5)
+    assert final_losses(tmp_path / 'fsdp', 4, 'model.fsdp_enabled=true') == pytest.approx(one, rel=2e-5)
