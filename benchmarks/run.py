@@ -79,7 +79,8 @@ def timed(call):
 
 
 def table(rows):
-    lines = [f"{'work':<22}{'p':>11}{'step ms':>10}{'GFLOP/s':>9}{'share':>8}{'data':>7}{'eval s':>8}{'eval/passes':>12}{'compile s':>11}"]
+    heads = ('p', 11), ('step ms', 10), ('GFLOP/s', 9), ('share', 8), ('data', 7), ('eval s', 8), ('eval/passes', 12), ('compile s', 11)
+    lines = [f"{'work':<22}" + ''.join(f'{name:>{width}}' for name, width in heads)]
     for r in rows:
         work = f"{r['config']} D={r['D']} L={r['L']} ×{r['seeds']}"
         lines.append(f"{work:<22}{r['p']:>11,}{1e3 * r['step_seconds']:>10.2f}{r['flops_per_step'] / r['step_seconds'] / 1e9:>9.1f}"
@@ -97,8 +98,8 @@ def main():
     work = [w for w in WORK if not args.only or args.only in ' '.join(w[2])]
     rows = [measure(*w) for w in tqdm(work, desc='bench', file=sys.stderr)]
     device = jax.devices()[0].device_kind
-    print(f'{device}, matmul rate {statistics.median(r["matmul_rate"] for r in rows) / 1e9:.0f} GFLOP/s (float32, [2048]³, measured '
-          f'beside each row); medians of {REPEATS}; data is inside the step, as a share of it')
+    print(f'{device}, matmul rate {statistics.median(r["matmul_rate"] for r in rows) / 1e9:.0f} GFLOP/s (float32, [2048]³, '
+          f'measured beside each row); medians of {REPEATS}; data is inside the step, as a share of it')
     print(table(rows))
     if args.json:
         revision = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True).stdout.strip()

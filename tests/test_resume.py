@@ -12,7 +12,8 @@ import record
 import train
 
 ROOT = Path(train.__file__).parent
-TINY = ['-cn', 'mlp', 'model.N=2', 'model.D=16', 'opt.B=64', 'opt.lr=0.01', 'T=3840', 'num_evals=8', 'T_eval=128', 'wandb_mode=disabled']
+TINY = ['-cn', 'mlp', 'model.N=2', 'model.D=16', 'opt.B=64', 'opt.lr=0.01', 'T=3840', 'num_evals=8', 'T_eval=128',
+        'wandb_mode=disabled']
 
 
 class StopAt:
@@ -64,7 +65,8 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
 
 def final_losses(folder, devices, *overrides):
     flags = {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
-    subprocess.run([sys.executable, ROOT / 'train.py', *TINY, f'run_dir={folder}', *overrides], env=flags, check=True, capture_output=True)
+    command = [sys.executable, ROOT / 'train.py', *TINY, f'run_dir={folder}', *overrides]
+    subprocess.run(command, env=flags, check=True, capture_output=True)
     return [row['test_loss'] for row in map(json.loads, (folder / 'history.jsonl').read_text().splitlines())]
 
 
