@@ -79,7 +79,8 @@ def timed(call):
 
 
 def table(rows):
-    heads = ('p', 11), ('step ms', 10), ('GFLOP/s', 9), ('share', 8), ('data', 7), ('eval s', 8), ('eval/passes', 12), ('compile s', 11)
+    heads = (('p', 11), ('step ms', 10), ('GFLOP/s', 9), ('share', 8), ('data', 7), ('eval s', 8), ('eval/passes', 12),
+             ('compile s', 11))
     lines = [f"{'work':<22}" + ''.join(f'{name:>{width}}' for name, width in heads)]
     for r in rows:
         work = f"{r['config']} D={r['D']} L={r['L']} ×{r['seeds']}"
