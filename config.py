@@ -82,11 +82,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from a Config. p counts every trainable scalar; C = 6·p·T FLOPs is the compute of the whole run."""
+    """What follows from a Config. p counts every trainable scalar."""
     num_params: int
     params_by_role: dict[str, int]
     tokens_per_step: int   # B·L
     steps: int             # T // (B·L)
+    compute: float         # C = 6·p·steps·B·L FLOPs
     warmup_steps: int
     num_test_batches: int
     microbatches: int      # pieces a batch is accumulated from
@@ -110,7 +111,11 @@ def resolve(cfg, vocab_size=None, devices=1) -> Run:
     multiple of 32 it takes the place of model.V. devices: how many a batch is spread over. Raises ConfigError.
     """
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), _nulls(cfg)))
+        cfg = _nulls(cfg)
+        for section in ('model', 'opt'):
+            if not isinstance(cfg[section], dict):
+                raise ConfigError(f'{section}={cfg[section]} must be a group of keys, as in configs/default.yaml; set {section}.KEY')
+        cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), cfg))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
     m, o = cfg.model, cfg.opt
@@ -136,7 +141,8 @@ def resolve(cfg, vocab_size=None, devices=1) -> Run:
     if warmup_steps >= steps:
         raise ConfigError(f'opt.warmup_tokens={o.warmup_tokens:.6g} covers all of the T={T:.6g} tokens; lower it or raise T')
     derived = Derived(
-        num_params=p, params_by_role=groups, tokens_per_step=tokens_per_step, steps=steps, warmup_steps=warmup_steps,
+        num_params=p, params_by_role=groups, tokens_per_step=tokens_per_step, steps=steps,
+        compute=6.0 * p * steps * tokens_per_step, warmup_steps=warmup_steps,
         num_test_batches=cfg.T_eval // tokens_per_step, microbatches=microbatches,
         flops_per_token=float(models.train_flops_per_token(cfg.arch, m)))
     return Run(**{**vars(cfg), 'T': T, 'model': m}, derived=derived)

@@ -3,6 +3,7 @@
 Letters: B batch, S position (up to L), D width, F hidden width of a branch, H heads, K head size (D = H·K), N blocks, V vocabulary
 (or input size of the MLP). No biases and no learned norm scales. Learning rates are optimizer.py's, losses data.py's.
 """
+import functools
 import math
 
 import jax
@@ -123,6 +124,7 @@ def compute_dtype(cfg):
 ARCHS = {'mlp': MLP, 'transformer': Transformer}
 
 
+@functools.cache
 def structure(arch, cfg):
     """(graphdef, params, roles) of a model without allocating it: params and roles are nested dicts of the same shape, of
     ShapeDtypeStruct and of role names. `nnx.merge(graphdef, params)` is the callable model."""

@@ -189,6 +189,7 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     ValueError and FileNotFoundError, before a folder is made, for data that cannot be used.
     """
     begin = time.perf_counter()
+    jax.config.update('jax_default_matmul_precision', run.matmul_precision)
     seeds = [seed for seed in run.all_seeds if not record.is_finished(run, seed)]
     summaries = [record.read_summary(record.folder_of(run, seed)) for seed in run.all_seeds if seed not in seeds]
     if not seeds:
@@ -322,6 +323,8 @@ def one_line_errors():
         yield
     except Interrupted as stop:
         sys.exit(128 + stop.args[0])
+    except KeyboardInterrupt:  # before or after the loop that saves
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         text = re.sub(r'To append to your config use.*', 'configs/default.yaml lists the keys there are', str(error))
         sys.exit('error: ' + ' '.join(text.split()))
@@ -337,10 +340,9 @@ def run_config(cfg):
     """Checks and trains one composed configuration, with a bar, and prints what became of each seed."""
     enable_compilation_cache()
     run = config.resolve(cfg, data.vocab_size(cfg.ds_path), jax.device_count())
-    jax.config.update('jax_default_matmul_precision', run.matmul_precision)
     d = run.derived
     print(f'p = {d.num_params:,} parameters, {d.steps:,} steps, {d.steps * d.tokens_per_step:,} tokens, '
-          f'C = {6.0 * d.num_params * d.steps * d.tokens_per_step:.4g} FLOPs, seeds {run.all_seeds}')
+          f'C = {d.compute:.4g} FLOPs, seeds {run.all_seeds}')
     shown = {}
     with tqdm(total=d.steps, unit='step', desc=config.run_name(run, run.all_seeds[0]), smoothing=0.05) as bar:
         def on_steps(steps, numbers):

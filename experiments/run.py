@@ -36,15 +36,10 @@ class Point(NamedTuple):
         return ' '.join(f'{key}={value}' for key, value in self.swept.items()) or config.run_name(self.run, self.run.all_seeds[0])
 
     @property
-    def compute(self):
-        """C = 6·p·t FLOPs of one seed, to the end of its last whole step (paper, §2.2)."""
-        return 6.0 * self.run.derived.num_params * self.run.derived.steps * self.run.derived.tokens_per_step
-
-    @property
     def evaluation(self):
         """FLOPs of one seed's evaluations, not part of C: each takes the gradients of all test batches."""
         evaluations = len(train.evaluation_points(self.run.num_evals, self.run.derived.steps))
-        return self.compute * evaluations * self.run.derived.num_test_batches / self.run.derived.steps
+        return self.run.derived.compute * evaluations * self.run.derived.num_test_batches / self.run.derived.steps
 
 
 def read_sweep(path):
@@ -111,7 +106,7 @@ def expand(name, axes, data_needed=True):
             if folder in folders:
                 raise config.ConfigError(f'two points of the grid write the folder {folder}; give each value once, and no run_dir')
             folders.add(folder)
-    return sorted(points, key=lambda point: point.compute * len(point.run.all_seeds))
+    return sorted(points, key=lambda point: point.run.derived.compute * len(point.run.all_seeds))
 
 
 def vocab_size(ds_path, data_needed):
@@ -130,10 +125,10 @@ def train_points(points):
     """
     failed = set()
     points = [point for point in points if point.todo]
-    total = sum(point.compute * len(point.todo) for point in points)
+    total = sum(point.run.derived.compute * len(point.todo) for point in points)
     with tqdm(total=total, unit='FLOP', unit_scale=True, smoothing=0.05, disable=not points) as bar:
         for point in points:
-            run, compute = point.run, point.compute * len(point.todo)
+            run, compute = point.run, point.run.derived.compute * len(point.todo)
             end, of_step = bar.n + compute, compute / run.derived.steps
 
             def on_steps(steps, shown, of_step=of_step):
@@ -141,7 +136,6 @@ def train_points(points):
                 bar.update(steps * of_step)
 
             bar.set_description(point.label)
-            jax.config.update('jax_default_matmul_precision', run.matmul_precision)
             try:
                 train.train(run, on_steps)
                 row = results(run)
@@ -175,9 +169,9 @@ def table(points, failed=()):
     rows, runs, compute, evaluation = [], 0, 0.0, 0.0
     for point in points:
         d, seeds = point.run.derived, len(point.run.all_seeds)
-        rows.append({**point.swept, 'p': f'{d.num_params:,}', 'C (FLOPs)': f'{point.compute:.3e}', 'steps': f'{d.steps:,}',
+        rows.append({**point.swept, 'p': f'{d.num_params:,}', 'C (FLOPs)': f'{point.run.derived.compute:.3e}', 'steps': f'{d.steps:,}',
                      'tokens': f'{d.steps * d.tokens_per_step:.3e}', 'seeds': seeds, **results(point.run, point.label in failed)})
-        runs, compute, evaluation = runs + seeds, compute + point.compute * seeds, evaluation + point.evaluation * seeds
+        runs, compute, evaluation = runs + seeds, compute + point.run.derived.compute * seeds, evaluation + point.evaluation * seeds
     return (f'{pd.DataFrame(rows).to_string(index=False)}\n'
             f'{runs} runs, {compute:.3e} FLOPs (6·p·T), evaluation +{evaluation / compute:.0%}; '
             'test loss: mean ± standard deviation over seeds (ddof 1)')
