@@ -29,8 +29,8 @@ lint: .venv/complete ## check the style
 bench: .venv/complete ## measure the training step against this machine's matmul rate
 	$(RUN) -m benchmarks.run
 
-figures: .venv/complete ## run the notebooks on the saved logs and write their figures
-	$(RUN) -m figures.render
+figures: .venv/complete ## run the notebooks on the saved logs: their outputs, and PNGs in figures/png
+	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False figures/*.ipynb
 
 games: .venv/complete ## play 4,000 chess games with Stockfish into data/games (needs the program stockfish)
 	$(RUN) tests/make_games.py data/games --games 4000
