@@ -114,7 +114,7 @@ def resolve(cfg, vocab_size=None, devices=1) -> Run:
         cfg = _nulls(cfg)
         for section in ('model', 'opt'):
             if not isinstance(cfg[section], dict):
-                raise ConfigError(f'{section}={cfg[section]} must be a group of keys, as in configs/default.yaml; set {section}.KEY')
+                raise ConfigError(f'{section}={cfg[section]} must be a group of keys; set them one by one, {section}.KEY=…')
         cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), cfg))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
