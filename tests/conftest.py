@@ -1,0 +1,75 @@
+"""What several test files share: small resolved runs, made as the command line makes them, and a small folder of tokens."""
+import json
+import os
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+
+import config
+import train
+
+CONFIGS = Path(config.__file__).parent / 'configs'
+
+# A run of 20 steps that takes milliseconds once compiled.
+SMALL_MLP = ('mlp', 'model.D=16', 'model.base_D=16', 'model.N=1', 'opt.B=32', 'opt.lr=0.003', 'opt.readout_lr_mult=1', 'T=640',
+             'T_eval=64', 'num_evals=6', 'wandb_mode=disabled')
+SMALL_TRANSFORMER = ('chess', 'model.D=32', 'model.base_D=32', 'model.dh=16', 'model.N=1', 'model.L=16', 'opt.B=8', 'opt.lr=0.01',
+                     'opt.warmup_tokens=0', 'T=2560', 'T_eval=256', 'num_evals=6', 'wandb_mode=disabled')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache():
+    train.enable_compilation_cache()  # most of what the tests wait for is the compiler
+
+
+@pytest.fixture(scope='session')
+def compose():
+    """compose(name, *overrides) -> the mapping that Hydra makes of configs/NAME.yaml and overrides."""
+    def composed(name, *overrides):
+        with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+            return hydra.compose(name, list(overrides))
+
+    return composed
+
+
+@pytest.fixture(scope='session')
+def resolve(compose):
+    """resolve(name, *overrides) -> config.Run."""
+    return lambda *args, **kwargs: config.resolve(compose(*args), **kwargs)
+
+
+@pytest.fixture(scope='session')
+def small_mlp(resolve):
+    return lambda *overrides: resolve(*SMALL_MLP, *overrides)
+
+
+@pytest.fixture(scope='session')
+def small_transformer(resolve):
+    return lambda ds_path, *overrides: resolve(*SMALL_TRANSFORMER, f'ds_path={ds_path}', *overrides)
+
+
+@pytest.fixture
+def write_tokens(tmp_path):
+    """write_tokens(meta, train=…, test=…, name=…) -> a data set's folder, random ids below 54 unless arrays are given."""
+    def written(meta=None, name='tokens', **arrays):
+        folder = tmp_path / name
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for split, size in (('train', 5000), ('test', 1024)):
+            arrays.get(split, rng.integers(0, 54, size, np.uint8)).tofile(folder / f'{split}.bin')
+        if meta is not None:
+            (folder / 'meta.json').write_text(json.dumps(meta))
+        return folder
+
+    return written
+
+
+@pytest.fixture(scope='session')
+def published():
+    """The folder with the published logs and reference curves, which are not this project's to ship."""
+    folder = os.environ.get('SUPERCOLLAPSE_SHARED')
+    if folder is None:
+        pytest.skip('SUPERCOLLAPSE_SHARED does not name the folder of published logs')
+    return Path(folder)

@@ -1,0 +1,222 @@
+"""The power-law task against a naive construction of the published stream, and batches from token files against plain slices."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data
+
+# Power-law regression
+
+
+def naive_modes():
+    """The published draw, 10,000 modes in the order of the stream: k [n, 8] integers, w [n], phase [n] in radians; float64."""
+    n = 10_000
+    k_magnitude, k_direction, k_weight, k_phase = jax.random.split(jax.random.PRNGKey(42), 4)
+    r = np.asarray((1 - jax.random.uniform(k_magnitude, (n,))) ** (-1 / 2))
+    direction = np.asarray(jax.random.normal(k_direction, (n, 8)))
+    k = np.round(r[:, None] * (direction / np.sqrt((direction**2).sum(1, keepdims=True))))
+    w = np.asarray(jax.random.normal(k_weight, (n,)), np.float64)
+    phase = np.where(np.asarray(jax.random.bernoulli(k_phase, 0.5, (n,))), np.pi / 2, 0)
+    return k.astype(np.float64), w / np.sqrt((w**2).sum()), phase
+
+
+def naive_stream(seed, n, B):
+    """The first n batches of inputs, each splitting the current key in two: the next key and the one its inputs come from."""
+    key, out = jax.random.PRNGKey(seed), []
+    for _ in range(n):
+        key, sample = jax.random.split(key)
+        out.append(np.asarray(jax.random.uniform(sample, (B, 8), minval=-0.5, maxval=0.5)))
+    return np.array(out)
+
+
+def naive_target(x, modes):
+    k, w, phase = modes
+    return np.sqrt(2) * np.cos(2 * np.pi * x.astype(np.float64) @ k.T + phase) @ w
+
+
+@pytest.fixture(scope='module')
+def fourier(small_mlp):
+    return data.fourier_task(small_mlp())
+
+
+def batches(task, steps, read=None):
+    """The training batches of these steps, one after another, through the blocks they lie in."""
+    draw = jax.jit(task.batch)
+    return [draw(jax.tree.map(lambda a, i=i: a[i % task.block_steps], task.block(i // task.block_steps))) for i in steps]
+
+
+def test_the_target_agrees_with_ten_thousand_cosines():
+    modes = naive_modes()
+    x = naive_stream(43, 1, 256)[0]
+    summed = data.fourier_modes()
+    y = jax.jit(lambda x: data.fourier_target(x, summed))(x)
+    want = naive_target(x, modes)
+    # float32 turns 2π·k·x, |k| up to 56, to about 1e-5, weighted by w of order 0.01: measured 1.1e-6
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    assert np.abs(want - naive_target(x, (modes[0], modes[1], 0 * modes[2]))).max() > 0.1  # the control: the phases matter
+
+
+def test_published_facts_of_the_modes():
+    k, _, phase = naive_modes()
+    first = k[np.arange(len(k)), np.argmax(k != 0, axis=1)]
+    direction = np.where(first < 0, -k.T, k.T).T  # k and -k are one
+    assert len(np.unique(np.column_stack([direction, phase]), axis=0)) == 3908  # published
+    summed = data.fourier_modes()[0]
+    assert summed.shape[1] == len(np.unique(direction, axis=0))  # a cosine and a sine of one k are one mode too
+    assert abs(summed).max() == abs(k).max() == 56
+
+
+def test_half_the_mean_square_of_the_published_test_batches(resolve):
+    test = data.fourier_task(resolve('mlp')).test
+    assert test.y.shape == (24, 4096)
+    # published to five digits; the sum of 98,304 float32 squares is good to 1e-6
+    assert float(jnp.mean(test.y**2) / 2) == pytest.approx(0.47689, abs=2e-5)
+
+
+def test_streams_are_the_published_ones(fourier):
+    n = len(fourier.test.x)
+    np.testing.assert_array_equal(fourier.test.x, naive_stream(44, n, 32))
+    drawn = np.array([b.x for b in batches(fourier, range(5))])
+    np.testing.assert_array_equal(drawn, naive_stream(43, 5, 32))
+    assert abs(drawn).max() <= 0.5 and not np.isin(fourier.test.x, drawn).any()  # train and test are disjoint
+
+
+def test_a_power_law_batch_is_a_function_of_the_step(small_mlp, monkeypatch):
+    monkeypatch.setattr(data, 'BLOCK_STEPS', 4)
+    forth, back = data.fourier_task(small_mlp()), data.fourier_task(small_mlp('seed=7'))
+    ahead = {k: np.asarray(forth.block(k)) for k in (0, 1, 2, 3)}
+    for k in (3, 0, 2, 1):  # any order, another seed
+        np.testing.assert_array_equal(back.block(k), ahead[k])
+    np.testing.assert_array_equal([b.x for b in batches(back, range(3, 10))], naive_stream(43, 10, 32)[3:])
+    assert len(np.unique(np.concatenate(list(ahead.values())), axis=0)) == 16  # no key twice
+
+
+def test_the_random_stream_is_pinned(fourier, small_mlp):
+    """Batches and modes are the same where JAX's global setting is the other one, though other draws are not."""
+    there = np.asarray(jax.random.uniform(jax.random.PRNGKey(0), (16,)))
+    with jax.threefry_partitionable(False):
+        elsewhere = data.fourier_task(small_mlp())
+        (a,), (b,) = batches(fourier, [3]), batches(elsewhere, [3])
+        modes = data.fourier_modes()
+        assert not np.array_equal(jax.random.uniform(jax.random.PRNGKey(0), (16,)), there)  # the control
+    np.testing.assert_array_equal(a.x, b.x)
+    np.testing.assert_array_equal(a.y, b.y)
+    np.testing.assert_array_equal(fourier.test.x, elsewhere.test.x)
+    for one, other in zip(modes, data.fourier_modes(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_cosine_of_turns_is_accurate_far_out():
+    t = np.random.default_rng(0).uniform(-250, 250, 10_000).astype(np.float32)
+    np.testing.assert_allclose(data.cos_turns(t), np.cos(2 * np.pi * t.astype(np.float64)), atol=5e-7)  # as its docstring says
+
+
+# Token files
+
+@pytest.fixture
+def open_small(small_transformer):
+    def opened(folder, *overrides, seeds=(0,)):
+        run = small_transformer(folder, *overrides)
+        return run, data.open_task(run, list(seeds))
+
+    return opened
+
+
+def test_batch_b_is_the_bth_block_and_the_file_goes_round(write_tokens, open_small, monkeypatch):
+    folder = write_tokens()
+    tokens = np.fromfile(folder / 'train.bin', np.uint8)
+    monkeypatch.setattr(data, 'BLOCK_BYTES', 8 * 16 * 3)  # three batches a block: 5,000 tokens end inside the 40th batch
+    run, task = open_small(folder)
+    B, L = run.opt.B, run.model.L
+    assert task.block_steps == 3
+    for step in (100, 0, 38, 39, 40, 5):  # in any order
+        start = step * B * L
+        want = tokens[np.arange(start, start + B * L) % len(tokens)].reshape(B, L)
+        (batch,) = batches(task, [step])
+        np.testing.assert_array_equal(batch.x, want)
+        np.testing.assert_array_equal(batch.y[:, :-1], want[:, 1:])
+        assert batch.weight[:, :-1].all() and not batch.weight[:, -1].any()  # the last position has no target
+    test = np.fromfile(folder / 'test.bin', np.uint8)[:run.derived.num_test_batches * B * L]
+    np.testing.assert_array_equal(task.test.x, test.reshape(-1, B, L))
+
+
+def test_uint16_shards_hold_one_stream(tmp_path, open_small):
+    rng = np.random.default_rng(3)
+    header = np.zeros(256, '<i4')
+    train, n = rng.integers(0, 60, 3000).astype('<u2'), 1234
+    train[7] = 1000  # no uint8
+    for name, part in (('x_train_000001', train[:n]), ('x_train_000002', train[n:]), ('x_val_000000', train[:512])):
+        header[:3] = 20240520, 1, len(part)
+        with open(tmp_path / f'{name}.bin', 'wb') as f:
+            header.tofile(f)
+            part.tofile(f)
+    run, task = open_small(tmp_path, 'model.V=1024')
+    for step in (0, 9, 23):  # within a shard, across shards, across the end
+        start = step * 8 * 16
+        (batch,) = batches(task, [step])
+        np.testing.assert_array_equal(batch.x, train[np.arange(start, start + 128) % 3000].reshape(8, 16))
+    assert batches(task, [0])[0].x.max() == 1000
+
+
+def test_shuffled_blocks_depend_on_seed_and_step_alone(write_tokens, open_small):
+    folder = write_tokens(train=np.repeat(np.arange(39), 128).astype(np.uint8))  # block b holds nothing but b
+    run, both = open_small(folder, 'shuffle=true', seeds=(0, 1))
+    _, alone = open_small(folder, 'shuffle=true', 'seed=1', seeds=(1,))
+    _, ordered = open_small(folder)
+    order = both.block(0)[:200]  # [steps, seeds, B, L]
+    assert (order == order[..., :1, :1]).all()
+    order = order[..., 0, 0]
+    np.testing.assert_array_equal(order[:, 1], alone.block(0)[:200, 0, 0, 0])
+    assert (order[:, 0] != order[:, 1]).mean() > 0.8  # 38/39 of them, for independent draws
+    assert len(np.unique(order[:, 0])) > 35  # 200 draws miss each of 39 blocks with probability 0.6%
+    np.testing.assert_array_equal(ordered.block(0)[:78, 0, 0], np.tile(np.arange(39), 2))  # the control: file order
+    step_100 = data.drawn_blocks(1, np.array([100]), 39)
+    assert step_100[0] == order[100, 1]
+
+
+@pytest.mark.parametrize('meta, published', [(None, False), ({'pad_id': 0}, False), ({'pad_id': 5}, False), ({'pad_id': 0}, True)])
+def test_which_targets_count(write_tokens, open_small, meta, published):
+    """Padding is what the data set says it is: id 0 counts where no meta names it."""
+    tokens = np.random.default_rng(0).integers(0, 8, 5000, np.uint8)
+    _, task = open_small(write_tokens(meta, train=tokens, test=tokens[:1024]), f'published_averaging={published}')
+    for batch in (*batches(task, [0, 2]), jax.tree.map(lambda a: a[1], task.test)):
+        x, y, weight = map(np.asarray, batch)
+        for row in range(8):
+            for s in range(16):
+                if s < 15:
+                    assert y[row, s] == x[row, s + 1]
+                    assert weight[row, s] == (published or meta is None or y[row, s] != meta['pad_id'])
+                else:  # published: the last position predicts id 0, and counts
+                    assert weight[row, s] == published and (not published or y[row, s] == 0)
+
+
+def test_published_averaging_is_the_mean_over_every_position(write_tokens, open_small):
+    """The published loss: -log softmax at every position, the last one's target being 0, divided by B·L."""
+    tokens = np.random.default_rng(0).integers(0, 54, 5000, np.uint8)
+    tokens[::3] = 0
+    _, task = open_small(write_tokens({'pad_id': 0}, train=tokens), 'published_averaging=true')
+    (batch,) = batches(task, [1])
+    f = np.random.default_rng(1).normal(size=(8, 16, 64))
+    want = 0.0
+    for row in range(8):
+        for s in range(16):
+            target = batch.x[row, s + 1] if s < 15 else 0
+            want += (np.log(np.exp(f[row, s]).sum()) - f[row, s, target]) / (8 * 16)
+    total, weight = data.weighted_sum(task.loss(jnp.float32(f), batch.y), batch.weight)
+    assert total / weight == pytest.approx(want, rel=1e-6)  # float32
+
+
+def test_weight_zero_targets_change_nothing():
+    rng = np.random.default_rng(0)
+    loss, weight = rng.normal(size=(4, 6)).astype(np.float32), rng.integers(0, 2, (4, 6)).astype(bool)
+    changed = np.where(weight, loss, 1e6).astype(np.float32)
+    assert data.weighted_sum(loss, weight) == data.weighted_sum(changed, weight)
+    assert data.weighted_sum(loss, weight) != data.weighted_sum(changed, np.ones_like(weight))  # the control
+
+
+@pytest.mark.parametrize('meta, V', [({'vocab_size': 54}, 64), ({'vocab_size': 64}, 64), ({'vocab_size': 65}, 96), (None, None)])
+def test_the_vocabulary_of_a_data_set_is_rounded_up_to_32(write_tokens, compose, resolve, meta, V):
+    folder = write_tokens(meta)
+    run = resolve('chess', f'ds_path={folder}', 'model.V=200', vocab_size=data.vocab_size(folder))
+    assert run.model.V == (V or 200)

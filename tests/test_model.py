@@ -1,0 +1,258 @@
+"""Models: counts, initial values, the forward pass against plain NumPy, causality, compute type."""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import model as models
+
+
+@pytest.fixture(scope='module')
+def cfg_of(resolve):
+    """cfg_of(arch, *overrides) -> config.Model of a small model of that kind."""
+    small = {'mlp': ('mlp', 'model.D=32', 'model.N=2'),
+             'transformer': ('chess', 'ds_path=x', 'model.D=32', 'model.dh=16', 'model.N=2', 'model.L=12', 'T=1e6',
+                             'opt.warmup_tokens=0')}
+    return lambda arch, *overrides: resolve(*small[arch], *overrides).model
+
+
+def dense(arch, cfg):
+    """Weights with nothing at zero, so that every path through the model matters; the same at every call."""
+    rng = np.random.default_rng(1)
+    _, shapes, _ = models.structure(arch, cfg)
+    return jax.tree.map(lambda w: rng.standard_normal(w.shape, np.float32) / np.float32(math.sqrt(w.shape[0])), shapes)
+
+
+def forward(arch, cfg):
+    graphdef, _, _ = models.structure(arch, cfg)
+    return jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+
+
+def init(arch, cfg, seed=0):
+    return jax.jit(lambda key: models.init(arch, cfg, key))(jax.random.key(seed))
+
+
+def inputs(arch, cfg, B=3):
+    rng = np.random.default_rng(5)
+    return rng.standard_normal((B, cfg.V), np.float32) if arch == 'mlp' else rng.integers(0, cfg.V, (B, cfg.L))
+
+
+# Counts
+
+@pytest.mark.parametrize('name, overrides, p', [
+    ('mlp', ('model.D=384', 'model.N=5'), 1_478_016),  # published
+    ('chess', ('ds_path=x', 'model.D=768'), 10_813_440),  # published: V 64, L 128, N 3, mlp_expansion 1
+    ('chess', ('ds_path=x', 'model.D=768', 'model.mlp_expansion=4'), 2 * 64 * 768 + 128 * 768 + 3 * 12 * 768**2),
+])
+def test_parameter_counts(resolve, name, overrides, p):
+    assert resolve(name, *overrides).derived.num_params == p
+
+
+def test_roles_are_declared_for_every_weight(cfg_of):
+    declared = {'mlp': {'input': 1, 'hidden': 4, 'output': 1}, 'transformer': {'input': 2, 'hidden': 8, 'output': 1}}
+    for arch, expected in declared.items():
+        _, params, roles = models.structure(arch, cfg_of(arch))
+        assert jax.tree.structure(params) == jax.tree.structure(roles)
+        found = jax.tree.leaves(roles)
+        assert {role: found.count(role) for role in set(found)} == expected
+
+
+def product_flops(function, *args):
+    """FLOPs of every matrix product in the traced function: 2 for each multiplication with its addition."""
+    def walk(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == 'dot_general':
+                (contracted, _), _ = eqn.params['dimension_numbers']
+                total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            for param in eqn.params.values():
+                inner = getattr(param, 'jaxpr', param)
+                if hasattr(inner, 'eqns'):
+                    total += walk(inner)
+        return total
+
+    return walk(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+@pytest.mark.parametrize('arch', ['mlp', 'transformer'])
+def test_training_flops_are_thrice_the_products_of_the_forward_pass(cfg_of, arch):
+    cfg = cfg_of(arch)
+    _, params, _ = models.structure(arch, cfg)
+    x = inputs(arch, cfg)
+    tokens = x.size if arch == 'transformer' else len(x)
+    assert models.train_flops_per_token(arch, cfg) * tokens == 3 * product_flops(forward(arch, cfg), params, x)
+
+
+def test_flops_of_the_mlp_are_those_of_the_scaling_law(cfg_of):
+    cfg = cfg_of('mlp')
+    assert models.train_flops_per_token('mlp', cfg) == 6 * sum(models.param_groups('mlp', cfg).values())
+
+
+# Initial values
+
+def test_a_zero_readout_gives_the_loss_of_knowing_nothing(cfg_of):
+    cfg = cfg_of('transformer')
+    params = init('transformer', cfg)
+    f, _ = forward('transformer', cfg)(params, inputs('transformer', cfg))
+    loss = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(f, inputs('transformer', cfg))
+    np.testing.assert_allclose(loss, math.log(cfg.V), rtol=3e-7)  # 64 equal logits: float32 rounding of one logarithm
+
+    cfg = cfg_of('mlp')
+    f, h = forward('mlp', cfg)(init('mlp', cfg), inputs('mlp', cfg))
+    assert f.shape == (3, 1) and not f.any() and h.any()
+
+
+@pytest.mark.parametrize('arch', ['mlp', 'transformer'])
+def test_initial_variances_and_zero_starts(cfg_of, arch):
+    mult = 2.0
+    cfg = cfg_of(arch, 'model.D=256', 'model.dh=64', 'model.N=1', f'model.init_std_mult={mult}', 'model.embed_init_std=0.3')
+    params = init(arch, cfg)
+    block = params['blocks'][0]
+    if arch == 'mlp':
+        assert_std(params['embed'], 1 / math.sqrt(8))
+        hidden, zero = {'fc1': block['fc1']}, {'fc2': block['fc2'], 'readout': params['readout']}
+    else:
+        assert_std(params['embed'], mult * 0.3)
+        assert_std(params['position'], mult * 0.3)
+        hidden = {'fc1': block['mlp']['fc1'], 'qkv': block['attention']['qkv']}
+        zero = {'fc2': block['mlp']['fc2'], 'out': block['attention']['out'], 'readout': params['readout']}
+    for w in hidden.values():
+        assert_std(w, mult / math.sqrt(256))  # fan-in is the width
+    assert not any(w.any() for w in zero.values())
+    assert len(jax.tree.leaves(params)) == (1 if arch == 'mlp' else 2) + len(hidden) + len(zero)
+
+
+def assert_std(w, std):
+    # Normal draws: mean and std of n draws have standard errors std/√n and std/√2n; five of them.
+    n = w.size
+    assert abs(float(w.mean())) < 5 * std / math.sqrt(n)
+    assert abs(float(w.std()) / std - 1) < 5 / math.sqrt(2 * n)
+
+
+def test_init_is_a_function_of_the_key(cfg_of):
+    cfg = cfg_of('mlp')
+    a, same, other = (init('mlp', cfg, k) for k in (0, 0, 1))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, same)))
+    assert not (a['embed'] == other['embed']).any()
+    first, second = a['blocks'][0]['fc1'], a['blocks'][1]['fc1']
+    assert not (first == second).any()  # weights of one model are drawn independently
+
+
+# The forward pass in plain NumPy, float64
+
+def np_norm(x):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
+def np_gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def np_mlp(params, x, N):
+    h = x @ params['embed']
+    for block in params['blocks'].values():
+        h = h + 6 / N * np_gelu(np_norm(h) @ block['fc1']) @ block['fc2']
+    return np_norm(h) @ params['readout'], h
+
+
+def np_transformer(params, tokens, N):
+    """One sequence at a time, one head at a time, one position at a time."""
+    out_f, out_h = [], []
+    for row in tokens:
+        h = params['embed'][row] + params['position'][:len(row)]
+        for block in params['blocks'].values():
+            qkv, out = block['attention']['qkv'], block['attention']['out']  # [D, 3, H, K], [H, K, D]
+            x, mixed = np_norm(h), np.zeros_like(h)
+            for head in range(out.shape[0]):
+                q, k, v = (x @ qkv[:, i, head] for i in range(3))  # each [S, K]
+                q, k = np_norm(q), np_norm(k)
+                for s in range(len(row)):
+                    score = np.exp(k[:s + 1] @ q[s] / math.sqrt(q.shape[1]))
+                    mixed[s] += (score / score.sum()) @ v[:s + 1] @ out[head]
+            h = h + 3 / N * mixed
+            h = h + 3 / N * np_gelu(np_norm(h) @ block['mlp']['fc1']) @ block['mlp']['fc2']
+        out_f.append(np_norm(h) @ params['readout'])
+        out_h.append(h)
+    return np.array(out_f), np.array(out_h)
+
+
+@pytest.mark.parametrize('arch, reference', [('mlp', np_mlp), ('transformer', np_transformer)])
+def test_forward_pass_agrees_with_plain_numpy(cfg_of, arch, reference):
+    cfg = cfg_of(arch)
+    params = dense(arch, cfg)
+    x = inputs(arch, cfg)
+    f, h = forward(arch, cfg)(params, x)
+    want_f, want_h = reference(jax.tree.map(lambda w: np.asarray(w, np.float64), params), np.asarray(x), cfg.N)
+    # float32 sums of a few hundred terms of order 1 lose up to some 1e-5 of the largest entry
+    np.testing.assert_allclose(f, want_f, atol=2e-5 * abs(want_f).max())
+    np.testing.assert_allclose(h, want_h, atol=2e-5 * abs(want_h).max())
+
+
+@pytest.mark.parametrize('arch, factor', [('mlp', 6), ('transformer', 3)])
+def test_depth_scales_the_branches(cfg_of, arch, factor):
+    """The MLP branch alone, in a model of one block: scale_by_depth multiplies it by 6/N or 3/N."""
+    step = {}
+    for scaled in (True, False):
+        cfg = cfg_of(arch, 'model.N=1', f'model.scale_by_depth={scaled}')
+        params = dense(arch, cfg)
+        block = params['blocks'][0]
+        if arch == 'transformer':
+            block['attention']['out'] = 0 * block['attention']['out']
+            block = block['mlp']
+        after = forward(arch, cfg)(params, inputs(arch, cfg))[1]
+        block['fc2'] = 0 * block['fc2']
+        step[scaled] = after - forward(arch, cfg)(params, inputs(arch, cfg))[1]
+    assert abs(step[False]).max() > 0.1
+    np.testing.assert_allclose(step[True], factor * step[False], atol=1e-5 * abs(step[True]).max())  # one float32 addition of h
+
+
+# Causality
+
+def test_no_gradient_from_the_future(cfg_of):
+    """Row s of the table holds how strongly output s depends on the embedding at each position."""
+    cfg = cfg_of('transformer')
+    run = forward('transformer', cfg)
+    params = dense('transformer', cfg)
+    tokens = inputs('transformer', cfg, B=1)
+    weights = np.random.default_rng(3).standard_normal(cfg.V, np.float32)
+
+    def outputs(position):  # the table of positions is added to every embedding: a handle on each position
+        return run({**params, 'position': position}, tokens)[0][0] @ weights  # [L]
+
+    table = np.linalg.norm(jax.jit(jax.jacobian(outputs))(params['position']), axis=-1)  # [L outputs, L positions]
+    future = np.triu(np.ones((cfg.L, cfg.L), bool), 1)
+    assert (table[future] == 0).all()
+    assert (table[~future] > 1e-4).all()  # the control: the past and the present count
+
+
+# Compute type, remat
+
+@pytest.mark.parametrize('arch', ['mlp', 'transformer'])
+def test_bfloat16_computes_on_float32_weights(cfg_of, arch):
+    wide, narrow = cfg_of(arch), cfg_of(arch, 'model.dtype=bfloat16')
+    params = dense(arch, narrow)
+    x = inputs(arch, wide)
+    (f32, _), (f16, h16) = forward(arch, wide)(params, x), forward(arch, narrow)(params, x)
+    assert h16.dtype == jnp.bfloat16 and f16.dtype == jnp.float32
+    error = np.linalg.norm(f16 - f32) / np.linalg.norm(f32)
+    assert 1e-4 < error < 0.05  # bfloat16 keeps 8 bits: 0.4% a rounding, a dozen roundings; and it is really in use
+    g = jax.eval_shape(jax.grad(lambda p: jnp.sum(forward(arch, narrow)(p, x)[0] ** 2)), params)
+    assert {w.dtype for w in jax.tree.leaves((params, g))} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('arch', ['mlp', 'transformer'])
+def test_remat_changes_no_gradient(cfg_of, arch):
+    gradients, traces = [], []
+    for remat in (False, True):
+        cfg = cfg_of(arch, f'model.remat={remat}')
+        params = dense(arch, cfg)
+        gradient = jax.grad(lambda p, cfg=cfg: jnp.mean(forward(arch, cfg)(p, inputs(arch, cfg))[0] ** 2))
+        gradients.append(jax.jit(gradient)(params))
+        traces.append(str(jax.make_jaxpr(gradient)(params)))
+    # the same sums, perhaps fused in another order: float32 rounding of the largest entry
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * abs(a).max()), *gradients)
+    assert 'remat' not in traces[0] and 'remat' in traces[1]  # the control: something was recomputed
