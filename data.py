@@ -42,7 +42,7 @@ def open_task(run, seeds) -> Task:
 
 def vocab_size(ds_path) -> int | None:
     """The vocabulary that a data set's own meta file states, None where there is none."""
-    return None if ds_path in (None, 'fourier') else dataset.open_tokens(ds_path).vocab_size
+    return None if ds_path in (None, 'fourier') else dataset.open_tokens(str(ds_path)).vocab_size
 
 
 def weighted_sum(loss, weight):

@@ -1,6 +1,6 @@
 """A run's record: the folder runs/<wandb_tag>/<name>/ with config.yaml, history.jsonl and summary.json, mirrored to W&B.
 
-The only file that knows W&B. What the rows mean is train.py's; reading folders back is figures/table.py's.
+The only file of the training that knows W&B. What the rows mean is train.py's; reading folders back is figures/table.py's.
 """
 import importlib.metadata
 import json
@@ -29,18 +29,24 @@ class RunFolderError(ValueError):
 
 
 class Record:
-    """Writes one run as it happens. It goes on from the rows in the folder up to the step `evaluated`."""
+    """Writes one run as it happens. It goes on at `step` from the rows in the folder up to the step `evaluated`; what is later
+    there, of an attempt that this one starts over, is removed."""
 
-    def __init__(self, run, seed, evaluated=-1):
+    def __init__(self, run, seed, step=0, evaluated=-1):
         self.seed, self.name, self.folder = seed, config.run_name(run, seed), folder_of(run, seed)
         values = settings(run, seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / 'summary.json').unlink(missing_ok=True)
         write_whole(self.folder / 'config.yaml', yaml.safe_dump({**values, 'environment': environment()}, sort_keys=False))
+        for path in self.folder.glob('checkpoints/*'):  # before the rows that lead up to them
+            if path.name.isdigit() and int(path.name) > step:
+                shutil.rmtree(path)
         rows = [row for row in read_history(self.folder) if row['step'] <= evaluated]
         write_whole(self.folder / 'history.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
         self.history = open(self.folder / 'history.jsonl', 'a')
         self.wandb = _open_wandb(run, self.name, self.folder, values) if run.wandb_mode != 'disabled' else None
+        for row in rows if self.wandb else ():  # W&B sees a resumed run as a new one: give it the whole curve
+            self.wandb.log(row)
 
     def log(self, row):
         """Appends one evaluation, {name: number}; a value that is not finite is missing, and what is missing is left out."""

@@ -183,15 +183,22 @@ class Interrupted(Exception):
 
 
 def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
-    """Trains every seed of a run that is not finished yet, from its newest checkpoint on, and returns the summaries of all.
+    """Trains every seed of a run that has not ended yet, from its newest checkpoint on, and returns the summaries of all.
+
+    A seed that diverged has ended too: trained again it would do the same, and it has no checkpoint that the others could share.
 
     on_steps is called with the steps just done and the numbers to show. Raises Interrupted after a signal, the state saved;
     ValueError and FileNotFoundError, before a folder is made, for data that cannot be used.
     """
     begin = time.perf_counter()
     jax.config.update('jax_default_matmul_precision', run.matmul_precision)
-    seeds = [seed for seed in run.all_seeds if not record.is_finished(run, seed)]
-    summaries = [record.read_summary(record.folder_of(run, seed)) for seed in run.all_seeds if seed not in seeds]
+    seeds, summaries = [], []
+    for seed in run.all_seeds:
+        summary = record.read_summary(record.folder_of(run, seed))
+        if record.is_finished(run, seed) or summary.get('state') == 'diverged':
+            summaries.append(summary)
+        else:
+            seeds.append(seed)
     if not seeds:
         return summaries
     task = data.open_task(run, seeds)
@@ -215,7 +222,7 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
         with timed(clock, 'compile_seconds'):
             run_stretch = program.train.lower(state, peak_lrs, raw, s_padded[:M], np.int32(0), np.int32(1)).compile()
             run_evaluation = program.evaluate.lower(state, peak_lrs, test).compile()
-        records = {i: record.Record(run, seed, evaluated) for i, seed in enumerate(seeds)}  # of the seeds still in training
+        records = {i: record.Record(run, seed, start, evaluated) for i, seed in enumerate(seeds)}  # of the seeds still in training
 
         def close(i, outcome):
             steps = (step - start) * len(seeds)
