@@ -55,6 +55,9 @@ def optimal_points(table):
     compute, loss = {}, {}
     for run, rows in table.groupby('run', sort=False):
         value = loss_at(rows, [target[run]])[0]
+        if np.isnan(value):
+            raise LogError(f'run {run} ends at {rows["compute"].iloc[-1]:.4g} FLOPs, before its C* = {target[run]:.4g}; '
+                           'leave it out with --where, or train it on')
         p = ends.at[run, 'num_params']
         compute.setdefault(p, []).append(target[run])
         loss.setdefault(p, []).append(value)
@@ -67,9 +70,15 @@ def optimal_points(table):
 
 
 def horizon_of(table):
-    """FLOPs of x = 1 by run: `opt_compute` where known, else the run's last evaluation."""
+    """FLOPs of x = 1 by run: `opt_compute` where known, else the run's last evaluation.
+
+    A run trained to C* ends on the last whole step before it (or one update earlier): an end within 1% below C* is C*.
+    """
     ends = runs(table)
-    return ends['opt_compute'].fillna(ends['compute']) if 'opt_compute' in ends else ends['compute']
+    if 'opt_compute' not in ends:
+        return ends['compute']
+    target = ends['opt_compute'].fillna(ends['compute'])
+    return target.where((target <= ends['compute']) | (target > 1.01 * ends['compute']), ends['compute'])
 
 
 def loss_at(rows, compute):

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
@@ -106,3 +107,15 @@ def test_too_little_is_refused():
         law.fit(np.array([1e15, 1e16, 1e17, 1e18]), np.array([0.1, 0.2, 0.3, 0.5]))
     with pytest.raises(logs.LogError, match='below the smallest final loss'):
         law.fit_given_L0(np.array([1e15, 1e16]), np.array([0.2, 0.1]), 0.15)
+
+
+def test_a_run_that_ends_on_the_last_whole_step_before_its_horizon_has_reached_it():
+    """C* = 1e15·(p/scale)^exponent is seldom a whole number of steps; a run cut short by more is named, not fitted."""
+    rows = [{'run': f'{D}', 'num_params': 100.0 * D, 'opt_compute': 1e9 * D**2, 'compute': share * end * 1e9 * D**2,
+             'test_loss': 0.1 + (share * end * D**2) ** -0.2}
+            for D, end in ((1, 0.998), (2, 0.9995), (4, 1.0), (8, 1.3)) for share in (0.5, 1.0)]
+    points = law.optimal_points(pd.DataFrame(rows))
+    assert np.isfinite(points.loss).all()
+    rows[1]['compute'] = 0.9e9
+    with pytest.raises(logs.LogError, match='run 1 ends at'):
+        law.optimal_points(pd.DataFrame(rows))
