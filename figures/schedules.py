@@ -91,7 +91,7 @@ def align(table):
         aligned.append(Aligned(
             run, name, end['schedule'], float(end.get('decay_frac', np.nan)), float(end['num_params']), float(end['tokens']),
             float(end['peak_lr']), (own['tokens'] / end['tokens']).to_numpy(), at, (own['lr'] / end['peak_lr']).to_numpy(),
-            own['test_loss'].to_numpy(), np.interp(at, reference['tau'], reference['test_loss']), own['Buvar'].to_numpy(),
+            own['test_loss'].to_numpy(), np.interp(at, reference['tau'], reference['test_loss']), settled_noise(own),
             np.interp(at, reference['tau'], reference['Buvar'])))
     if not aligned:
         found = ', '.join(sorted(ends['schedule'].dropna().unique()))
@@ -99,6 +99,16 @@ def align(table):
                        f'(schedules in the log: {found})')
     notes = [f'{len(alone)} runs have no constant-rate run beside them: {", ".join(sorted(alone)[:3])}'] if alone else []
     return aligned, notes
+
+
+def settled_noise(rows):
+    """Tr Σ of a run's evaluations, NaN in the first 20 steps, the memory of Adam's second moment at b2 = 0.95.
+
+    Until a weight has had a gradient its preconditioner is peak_lr/eps, so the trace of the first steps is up to 1e13: any weight
+    of the decay there, however small, would decide the fit.
+    """
+    noise = rows['Buvar'].to_numpy()
+    return np.where(rows['step'] < 20, np.nan, noise) if 'step' in rows else noise
 
 
 def predict(one, alpha):
