@@ -115,6 +115,8 @@ def resolve(cfg, vocab_size=None, devices=1) -> Run:
         for section in ('model', 'opt'):
             if not isinstance(cfg[section], dict):
                 raise ConfigError(f'{section}={cfg[section]} must be a group of keys; set them one by one, {section}.KEY=…')
+        if not isinstance(cfg['seeds'], list | None):
+            raise ConfigError(f"seeds={cfg['seeds']} must be a list of numbers, e.g. 'seeds=[0,1,2]', or null")
         cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), cfg))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
@@ -186,7 +188,10 @@ def _horizon(cfg, p):
         (key, value), = given.items()
         raise ConfigError(f'{key}={value} alone sets no horizon; {ways}')
     if given:
-        return 1e15 * (p / cfg.scale) ** cfg.exponent / (6 * p)
+        try:
+            return 1e15 * (p / cfg.scale) ** cfg.exponent / (6 * p)
+        except OverflowError as error:
+            raise ConfigError(f'scale={cfg.scale} and exponent={cfg.exponent} set no finite horizon for p={p}') from error
     if cfg.T is None:
         raise ConfigError(f'no horizon: token_per_param, scale, exponent and T are all null; {ways}')
     return cfg.T
@@ -213,6 +218,8 @@ def _check_values(cfg):
     for key, value in not_negative.items():
         if not 0 <= value < float('inf'):
             raise ConfigError(f'{key}={value} must be finite and not negative')
+    if max([cfg.seed, *(cfg.seeds or [])]) >= 2**31:
+        raise ConfigError(f'seed={cfg.seed} or seeds={cfg.seeds}: a seed must be below 2^31')
     for key, value in {'opt.b1': o.b1, 'opt.b2': o.b2}.items():
         if not 0 <= value < 1:
             raise ConfigError(f'{key}={value} must lie in [0, 1)')

@@ -1,4 +1,4 @@
-"""Token files on disk: open, read, check and describe them. NumPy only: it runs where no JAX is. Batches are data.py's.
+"""Token files on disk: open, read, check and describe them. No JAX is needed. Batches are data.py's.
 
 A data set is a folder with `train.bin` and `test.bin` (or `val.bin`), flat streams of token ids without a header,
 uint8 unless `meta.json` says `"dtype": "uint16"`; or with shards `NAME_train_*.bin` and `NAME_val_*.bin` of uint16

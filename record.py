@@ -35,7 +35,7 @@ class Record:
     def __init__(self, run, seed, step=0, evaluated=-1):
         self.seed, self.name, self.folder = seed, config.run_name(run, seed), folder_of(run, seed)
         values = settings(run, seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         (self.folder / 'summary.json').unlink(missing_ok=True)
         write_whole(self.folder / 'config.yaml', yaml.safe_dump({**values, 'environment': environment()}, sort_keys=False))
         for path in self.folder.glob('checkpoints/*'):  # before the rows that lead up to them
@@ -84,6 +84,28 @@ def folder_of(run, seed) -> Path:
     if run.run_dir is None:
         return Path('runs') / run.wandb_tag / config.run_name(run, seed)
     return Path(run.run_dir) if run.seeds is None else Path(run.run_dir) / f'seed{seed}'
+
+
+def make_folder(folder):
+    """Makes a run's folder where there is none. Raises RunFolderError if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f'{folder} cannot be made ({error.strerror}); set run_dir to a folder that can be written') from error
+    if not os.access(folder, os.W_OK):
+        raise RunFolderError(f'{folder} cannot be written to; set run_dir to another folder')
+
+
+def log_in(run):
+    """Makes sure that W&B has a key where a run is to be mirrored online. Raises ConfigError."""
+    if run.wandb_mode != 'online':
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise config.ConfigError(f'wandb_mode=online: {str(error).rstrip(".")}; or set wandb_mode=offline') from error
 
 
 def settings(run, seed) -> dict:

@@ -188,7 +188,7 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     A seed that diverged has ended too: trained again it would do the same, and it has no checkpoint that the others could share.
 
     on_steps is called with the steps just done and the numbers to show. Raises Interrupted after a signal, the state saved;
-    ValueError and FileNotFoundError, before a folder is made, for data that cannot be used.
+    ValueError and OSError, before a folder is made, for data or a folder that cannot be used.
     """
     begin = time.perf_counter()
     jax.config.update('jax_default_matmul_precision', run.matmul_precision)
@@ -202,6 +202,9 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     if not seeds:
         return summaries
     task = data.open_task(run, seeds)
+    record.log_in(run)
+    for seed in seeds:  # a folder that cannot be written is better found now than after compiling
+        record.make_folder(record.folder_of(run, seed))
     program = programs(run, task)
     test = jax.device_put(task.test, program.test_sharding)
     state, evaluated = newest_state(run, program, seeds, test)
