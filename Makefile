@@ -21,7 +21,7 @@ demo: .venv/complete ## train a small ladder of models live and show its table (
 	$(RUN) -m experiments.run experiments/demo.yaml
 
 test: .venv/complete ## run the tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/complete ## check the style
 	.venv/bin/ruff check .
