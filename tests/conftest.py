@@ -21,7 +21,11 @@ SMALL_TRANSFORMER = ('chess', 'model.D=32', 'model.base_D=32', 'model.dh=16', 'm
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache():
-    train.enable_compilation_cache()  # most of what the tests wait for is the compiler
+    """Most of what the tests wait for is the compiler: its programs are kept from one test run to the next, in .jax_cache/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(CONFIGS.parent / '.jax_cache'))
+        train.enable_compilation_cache()
+        yield
 
 
 @pytest.fixture(scope='session')

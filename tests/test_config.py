@@ -211,7 +211,6 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing(arguments, named, bad_fo
     before = sorted(path for folder in bad_folders.values() for path in folder.rglob('*'))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HYDRA_FULL_ERROR', '1')  # as the program sets it; here so that it is undone
-    monkeypatch.setenv('XDG_CACHE_HOME', os.devnull)
     monkeypatch.setattr(sys, 'argv', ['train.py', '-cn', name, *(o.format(**bad_folders) for o in overrides)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
