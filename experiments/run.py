@@ -169,9 +169,9 @@ def table(points, failed=()):
     rows, runs, compute, evaluation = [], 0, 0.0, 0.0
     for point in points:
         d, seeds = point.run.derived, len(point.run.all_seeds)
-        rows.append({**point.swept, 'p': f'{d.num_params:,}', 'C (FLOPs)': f'{point.run.derived.compute:.3e}', 'steps': f'{d.steps:,}',
+        rows.append({**point.swept, 'p': f'{d.num_params:,}', 'C (FLOPs)': f'{d.compute:.3e}', 'steps': f'{d.steps:,}',
                      'tokens': f'{d.steps * d.tokens_per_step:.3e}', 'seeds': seeds, **results(point.run, point.label in failed)})
-        runs, compute, evaluation = runs + seeds, compute + point.run.derived.compute * seeds, evaluation + point.evaluation * seeds
+        runs, compute, evaluation = runs + seeds, compute + d.compute * seeds, evaluation + point.evaluation * seeds
     return (f'{pd.DataFrame(rows).to_string(index=False)}\n'
             f'{runs} runs, {compute:.3e} FLOPs (6·p·T), evaluation +{evaluation / compute:.0%}; '
             'test loss: mean ± standard deviation over seeds (ddof 1)')
