@@ -237,6 +237,10 @@ def _check_values(cfg):
     if cfg.ds_path == 'fourier' and (cfg.shuffle or cfg.published_averaging):
         key = 'shuffle' if cfg.shuffle else 'published_averaging'
         raise ConfigError(f'{key}=true means nothing for ds_path=fourier, where every example is new and counts; set {key}=false')
+    if m.match_mup_at_D is not None and not o.mup:
+        raise ConfigError(f'model.match_mup_at_D={m.match_mup_at_D} sets µP multipliers, opt.mup=false has none; leave one out')
+    if cfg.arch == 'transformer' and m.L < 2:
+        raise ConfigError(f'model.L={m.L} leaves no next token to predict; set model.L to 2 or more')
     if cfg.arch == 'transformer' and m.D % m.dh:
         raise ConfigError(f'model.D={m.D} is not a multiple of the head size model.dh={m.dh}; set model.dh to a divisor of {m.D}')
     if o.B > o.B_max and o.B % o.B_max:

@@ -63,8 +63,8 @@ def preconditioner(moments, peak_lrs, run):
     """P [like params] = peak_lr / (√v̂ + eps): Adam's preconditioner with the schedule left out (paper §3.2).
 
     v̂ is the bias-corrected second moment. Undefined before the first update, where every entry is NaN or infinite. A weight that
-    has had no gradient yet (all but the readout at step 1, for readout and branches start at zero) has P = peak_lr/eps: the
-    traces of the first steps are huge, as the published ones are, and figures/schedules.py leaves them out.
+    has had no gradient yet (all but the readout at step 1, for readout and branches start at zero) has P = peak_lr/eps,
+    so the traces of the first steps are huge at eps 1e-20; figures/schedules.py leaves them out.
     """
     adam_state = moments[0]
     correction = 1 - run.opt.b2 ** adam_state.count.astype(jnp.float32)

@@ -190,9 +190,12 @@ def _open_wandb(run, name, folder, values):
     import wandb  # a second of start-up that a run with wandb_mode=disabled does without
 
     flat = config.flatten(values)
-    mirror = wandb.init(
-        project=run.wandb_project, name=name, tags=[run.wandb_tag], mode=run.wandb_mode, dir=folder, reinit='create_new',
-        config={**flat, **{short: flat[key] for short, key in SHORT_NAMES.items()}},
-        settings=wandb.Settings(silent=True, console='off', x_disable_stats=True))
+    try:
+        mirror = wandb.init(
+            project=run.wandb_project, name=name, tags=[run.wandb_tag], mode=run.wandb_mode, dir=folder, reinit='create_new',
+            config={**flat, **{short: flat[key] for short, key in SHORT_NAMES.items()}},
+            settings=wandb.Settings(silent=True, console='off', x_disable_stats=True))
+    except wandb.Error as error:
+        raise RunFolderError(f'W&B does not answer ({error}); wandb_mode=offline records the run here, for wandb sync') from error
     mirror.define_metric('*', step_metric='step')
     return mirror

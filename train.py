@@ -332,6 +332,7 @@ def one_line_errors():
     try:
         yield
     except Interrupted as stop:
+        print('interrupted, the state is saved; the same command goes on from there', file=sys.stderr)
         sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:  # before or after the loop that saves
         sys.exit(128 + signal.SIGINT)

@@ -259,6 +259,8 @@ def _small(value):
 def schedules(aligned, alpha):
     """Observed and predicted curves in three panels: schedules at one model and horizon, across models, across horizons."""
     groups = _schedule_groups(aligned)
+    largest = max(one.tokens_total for one in aligned)
+    unit, name = (1e9, 'tokens (billions)') if largest >= 1e9 else (1e6, 'tokens (millions)')
     figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.8), squeeze=False)
     for axis, (title, chosen) in zip(axes[0], groups.items(), strict=True):
         values = []
@@ -268,7 +270,7 @@ def schedules(aligned, alpha):
             kept = one.x > 0.02
             observed, predicted = (scheduling.smooth(one.x[kept], y[kept])
                                    for y in (one.loss, scheduling.predict(one, alpha)))
-            tokens = one.x[kept] * one.tokens_total / 1e9
+            tokens = one.x[kept] * one.tokens_total / unit
             label = f'{one.schedule}, last {one.decay_frac:.0%}'
             known = axis.get_legend_handles_labels()[1]
             axis.plot(tokens, observed, color=colour, alpha=alike, lw=1.1, label=None if label in known else label)
@@ -278,12 +280,12 @@ def schedules(aligned, alpha):
         values = np.concatenate(values)
         axis.plot([], [], '--', color='black', lw=0.7, label=f'predicted, α = {alpha:.3f}')
         horizontal = len({one.tokens_total for one in chosen}) > 1
-        axis.set(xlabel='tokens (1e9)', ylabel='test loss (smoothed)', title=title)
+        axis.set(xlabel=name, ylabel='test loss (smoothed)', title=title)
         spread = np.quantile(values, 0.97) - values.min()
         axis.set_ylim(values.min() - 0.05 * spread, values.min() + 1.1 * spread)
         if horizontal:
             axis.set_xscale('log')
-            axis.set_xlim(0.1 * min(one.tokens_total for one in chosen) / 1e9)
+            axis.set_xlim(0.1 * min(one.tokens_total for one in chosen) / unit)
         axis.legend(fontsize=6.5)
     return figure
 
@@ -292,14 +294,14 @@ def _schedule_groups(aligned):
     """{title: runs}: at the model and horizon with the most schedules; then all models there; then all its horizons."""
     places = {}
     for one in aligned:
-        places.setdefault((one.p, round(one.tokens_total, -6)), []).append(one)
+        places.setdefault((one.p, one.tokens_total), []).append(one)
     p, T = max(places, key=lambda place: len(places[place]))
     groups = {f'p = {style.count(p)}, T = {style.count(T)}': places[p, T]}
     across_p = [one for (q, S), runs in places.items() if S == T for one in runs]
     across_T = [one for (q, S), runs in places.items() if q == p for one in runs]
-    shared = {(one.schedule, one.decay_frac) for one in across_p + across_T if (one.p, round(one.tokens_total, -6)) != (p, T)}
+    shared = {(one.schedule, one.decay_frac) for one in across_p + across_T if (one.p, one.tokens_total) != (p, T)}
     if len({one.p for one in across_p}) > 1:
         groups['across model sizes'] = [one for one in across_p if (one.schedule, one.decay_frac) in shared]
-    if len({round(one.tokens_total, -6) for one in across_T}) > 1:
+    if len({one.tokens_total for one in across_T}) > 1:
         groups['across horizons'] = [one for one in across_T if (one.schedule, one.decay_frac) in shared]
     return groups

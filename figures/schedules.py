@@ -183,11 +183,12 @@ def leave_one_out(aligned):
 
 
 def smooth(x, y, half_life=HALF_LIFE):
-    """Exponential moving average of y over x (share of the run), with its half-life in x; for pictures only."""
+    """Exponential moving average of y over x (share of the run), from its first finite value on; for pictures only."""
     smoothed = np.array(y, float)
     keep = 0.5 ** (np.diff(x) / half_life)
     for i in range(1, len(smoothed)):
-        smoothed[i] = keep[i - 1] * smoothed[i - 1] + (1 - keep[i - 1]) * y[i]
+        if np.isfinite(smoothed[i - 1]):
+            smoothed[i] = keep[i - 1] * smoothed[i - 1] + (1 - keep[i - 1]) * y[i]
     return smoothed
 
 

@@ -54,7 +54,8 @@ def parameter_bar(axes, p, label='parameters p'):
 
 
 def count(number):
-    """1478016 -> '1.5M'."""
+    """1478016 -> '1.48M', 999993344 -> '1B'."""
+    number = float(f'{number:.3g}')
     for size, letter in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
         if number >= size:
             return f'{number / size:.3g}{letter}'

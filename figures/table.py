@@ -118,7 +118,7 @@ def write_parquet(table, path, **produced_by):
 CONFIG_KEYS = {
     'tag': ('wandb_tag', 'tag'), 'D': ('model.D', 'D'), 'N': ('model.N', 'N'), 'L': ('model.L', 'L'),
     'V': ('model.V', 'V'), 'B': ('opt.B', 'B'), 'peak_lr': ('opt.lr', 'lr'), 'schedule': ('opt.schedule', 'schedule'),
-    'decay_frac': ('opt.decay_frac', 'decay_frac'), 'seed': ('seed',), 'T': ('derived.T', 'T'),
+    'decay_frac': ('opt.decay_frac', 'decay_frac'), 'seed': ('seed',), 'T': ('T',),
     'num_params': ('derived.num_params', 'num_params'), 'scale': ('scale',), 'exponent': ('exponent',),
     'match_mup_at_D': ('model.match_mup_at_D', 'match_mup_at_D'),
 }
@@ -454,6 +454,6 @@ def _cut_short(table):
             planned = 6 * ends['num_params'] * (ends['T'] - ends['T'] % step.fillna(1))
             wanted = planned.where(planned.notna(), wanted)
         if 'opt_compute' in ends:
-            wanted = ends['opt_compute'].where(ends['opt_compute'].notna(), wanted)
+            wanted = np.fmin(ends['opt_compute'], wanted)  # NaN where unknown; C* is seldom a whole number of steps
     diverged = finite['test_loss'].last().reindex(reach.index) > finite['test_loss'].first().reindex(reach.index)
     return sorted(reach.index[(reached < 0.99 * wanted) | reached.isna() | (diverged & (by_run.size() > 2))])
