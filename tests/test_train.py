@@ -222,6 +222,20 @@ def test_targets_of_weight_zero_change_nothing(small_transformer, padded_folder)
     assert metrics[0] == metrics[1] and 0 < float(jnp.mean(test.weight)) < 0.9
     assert metrics[0]['gmean2'] != metrics[2]['gmean2']  # the control: of the others, each one counts
 
+    @jax.jit
+    @jax.grad
+    def gradient(params, x, y, weight):  # of the mean over the targets that count
+        f, _ = nnx.merge(models.structure('transformer', bench.run.model)[0], params)(x)
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(f), y[..., None], -1)[..., 0]
+        return jnp.sum(losses * weight) / jnp.sum(weight)
+
+    norms = {}
+    for name, weight in (('counted', test.weight), ('all', jnp.ones_like(test.weight))):
+        batches = [jax.tree.leaves(gradient(bench.params(), test.x[b], test.y[b], weight[b])) for b in range(len(test.x))]
+        norms[name] = np.mean([sum(np.sum(np.float64(g) ** 2) for g in leaves) for leaves in batches])
+    assert metrics[0]['g2_mean'] == pytest.approx(norms['counted'], rel=1e-5)  # float32 gradients
+    assert norms['all'] != pytest.approx(norms['counted'], rel=0.01)
+
 
 # The trace at an evaluation
 
