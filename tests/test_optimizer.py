@@ -223,7 +223,7 @@ def test_update_sizes_do_not_depend_on_width(resolve, power_law_batches, arch):
     slopes = {mup: dict(zip(('h', 'dh', 'df'), np.polyfit(np.log(widths), np.log(rows), 1)[0], strict=True))
               for mup, rows in sizes.items()}
     print(slopes)
-    # measured: at most 0.03 with µP (0.13 for the transformer's df at these small widths, 0.00 from 128 on); without it 0.8 to 1.1
+    # measured: at most 0.03 with µP (0.13 for the df of the transformer at these small widths); without it 0.8 to 1.1
     assert max(map(abs, slopes[True].values())) < 0.15, slopes
     assert slopes[False]['dh'] > 0.3 and slopes[False]['df'] > 0.3, slopes  # the control: without µP they grow
 

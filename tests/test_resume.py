@@ -58,6 +58,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(small_mlp, straight, tmp_path, stop):
     assert not (tmp_path / 'seed1' / 'checkpoints').exists()
 
 
+def test_a_run_that_starts_over_forgets_its_later_checkpoints(small_mlp, straight, tmp_path):
+    """Seeds 0 and 1 are stopped late, start over beside a third seed and are stopped early, and go on: no evaluation is missing."""
+    with pytest.raises(train.Interrupted):
+        train.train(small_mlp(*OVERRIDES, f'run_dir={tmp_path}'), StopAt(40))
+    with pytest.raises(train.Interrupted):  # no checkpoint that all three have
+        train.train(small_mlp(*OVERRIDES, 'seeds=[0,1,2]', f'run_dir={tmp_path}'), StopAt(10))
+    train.train(small_mlp(*OVERRIDES, f'run_dir={tmp_path}'))
+    for seed in ('seed0', 'seed1'):
+        steps = [[row['step'] for row in record.read_history(folder / seed)] for folder in (tmp_path, straight)]
+        assert steps[0] == steps[1]
+
+
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     (tmp_path / 'history.jsonl').write_text('{"step": 0}\n{"step": 1}\n{"ste')
     assert [row['step'] for row in record.read_history(tmp_path)] == [0, 1]
