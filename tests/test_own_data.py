@@ -18,7 +18,7 @@ def test_own_data_walk_through(tmp_path):
     for file in HERE.glob('*.py'):
         shutil.copy(file, tmp_path)
     shutil.copytree(HERE / 'configs', tmp_path / 'configs')
-    (tmp_path / 'book.txt').write_text(Path(pydoc_data.topics.__file__).read_text()[:120_000])  # English, and everywhere
+    (tmp_path / 'book.txt').write_text(Path(pydoc_data.topics.__file__).read_text()[:220_000])  # English, and everywhere
     env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'WANDB_MODE': 'disabled'}
     ran = subprocess.run(['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=env, capture_output=True, text=True,
                          timeout=300)
