@@ -7,6 +7,7 @@ from matplotlib import pyplot as plt
 from figures import collapse as collapsing
 from figures import horizon as horizons
 from figures import power_laws, scaling_law, style
+from figures import schedule_laws as laws
 from figures import schedules as scheduling
 from figures.table import PETA
 
@@ -305,3 +306,30 @@ def _schedule_groups(aligned):
     if len({one.tokens_total for one in across_T}) > 1:
         groups['across horizons'] = [one for one in across_T if (one.schedule, one.decay_frac) in shared]
     return groups
+
+
+def schedule_laws(curves, fits, fitted, most=6):
+    """Unseen curves, measured and as two schedule laws predict them, above; what they miss and the rate, below."""
+    unseen = [name for name in curves if name not in fitted][:most]
+    figure, axes = plt.subplots(2, len(unseen), figsize=(2.6 * len(unseen), 4.6), squeeze=False, height_ratios=(3, 2),
+                                sharex='col')
+    looks = [(style.BLUE, '-'), (style.RED, '--')]
+    missed = {name: [laws.predict(fit, curves[name]) - curves[name].loss for fit in fits] for name in unseen}
+    reach = max(np.quantile(np.abs(values), 0.98) for values in missed.values())
+    for upper, lower, name in zip(*axes, unseen, strict=True):
+        one = curves[name]
+        upper.plot(one.step / 1e3, one.loss, color='black', lw=2.2, alpha=0.3, label='measured')
+        for fit, miss, (colour, line) in zip(fits, missed[name], looks, strict=True):
+            upper.plot(one.step / 1e3, one.loss + miss, line, color=colour, lw=1, label=fit.law.name)
+            lower.plot(one.step / 1e3, miss, line, color=colour, lw=1, label=f'MAE {np.abs(miss).mean():.2g}')
+        late = one.loss[one.step > one.step[0] + 0.05 * np.ptp(one.step)]
+        upper.set_ylim(late.min() - 0.05 * np.ptp(late), late.max())
+        height = (0.6 * one.lr / one.lr.max() - 1.3) * reach
+        lower.fill_between(one.step / 1e3, -1.3 * reach, height, color=style.GREY, alpha=0.25, lw=0)
+        lower.set(xlabel='step (thousands)', ylim=(-1.3 * reach, 1.3 * reach))
+        lower.legend(fontsize=6.5, loc='upper right')
+        upper.set_title(name)
+    axes[0, 0].set_ylabel('loss')
+    axes[1, 0].set_ylabel('predicted − measured\n(grey: learning rate)')
+    axes[0, 0].legend(fontsize=6.5)
+    return figure
