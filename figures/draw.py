@@ -322,8 +322,9 @@ def schedule_laws(curves, fits, fitted, most=6):
         for fit, miss, (colour, line) in zip(fits, missed[name], looks, strict=True):
             upper.plot(one.step / 1e3, one.loss + miss, line, color=colour, lw=1, label=fit.law.name)
             lower.plot(one.step / 1e3, miss, line, color=colour, lw=1, label=f'MAE {np.abs(miss).mean():.2g}')
-        late = one.loss[one.step > one.step[0] + 0.05 * np.ptp(one.step)]
-        upper.set_ylim(late.min() - 0.05 * np.ptp(late), late.max())
+        late = one.step > one.step[0] + 0.05 * np.ptp(one.step)
+        lowest, highest = np.min([one.loss + miss for miss in (0, *missed[name])]), one.loss[late].max()
+        upper.set_ylim(lowest - 0.05 * (highest - lowest), highest)
         height = (0.6 * one.lr / one.lr.max() - 1.3) * reach
         lower.fill_between(one.step / 1e3, -1.3 * reach, height, color=style.GREY, alpha=0.25, lw=0)
         lower.set(xlabel='step (thousands)', ylim=(-1.3 * reach, 1.3 * reach))

@@ -294,7 +294,7 @@ def main():
         raise LogError(f'--fit: name two or three curves of {", ".join(curves)}')
     fits, rows, means = compare(curves, args.fit)
     published, minimum = fits[1:]
-    if published.objective > 10 * minimum.objective:
+    if published.objective > 300 * minimum.objective:
         notes.append(f'the {published.law.name} has stopped far from a fit: its step sizes are made for losses of a few nats')
     if args.out:
         from figures import draw

@@ -15,7 +15,7 @@ from tests.logs_of import power_law_table
 from tests.test_schedules import planted as planted_schedules
 
 FOLDER = Path(figures.__file__).parent
-NOTEBOOKS = ['collapse', 'exact_power_laws', 'fit_optimal_horizon', 'lr_schedules']
+NOTEBOOKS = ['collapse', 'exact_power_laws', 'fit_optimal_horizon', 'lr_schedules', 'schedule_laws']
 
 
 def cells(name, kind='code'):
