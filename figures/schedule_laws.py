@@ -47,8 +47,7 @@ class Curve(NamedTuple):
         return self.edge[self.row]
 
 
-class Law(NamedTuple):
-    """loss = columns(curve, *shape) @ (L0, A, c), everything positive."""
+class Law(NamedTuple):  # loss = columns(curve, *shape) @ (L0, A, c), everything positive
     name: str
     columns: object  # (curve, *shape) -> [n, 3]
     names: tuple     # of (L0, A, c, *shape)
@@ -59,7 +58,6 @@ class Fit(NamedTuple):
     law: Law
     values: np.ndarray  # of law.names
     objective: float    # summed Huber loss of the log-loss residuals
-    iterations: int
 
 
 def make_curve(name, step, lr, loss, warmup=0):
@@ -83,22 +81,19 @@ def make_curve(name, step, lr, loss, warmup=0):
     if warmup:
         rate += list(lr[0] * (np.arange(WARMUP_CELLS) + 0.5) / WARMUP_CELLS)
         width += [warmup / WARMUP_CELLS] * WARMUP_CELLS
-    before = zip(np.append(warmup, step[:-1]), np.append(lr[0], lr[:-1]), np.append(True, jump), strict=True)
-    for i, (start, first, held) in enumerate(before):
+    for i, start in enumerate(np.append(warmup, step[:-1])):
         if step[i] > start:
-            rate += list(first + (lr[i] - first) * u * (not held))
+            first = lr[max(i - 1, 0)]
+            rate += list(first + (lr[i] - first) * u * (i > 0 and not jump[i - 1]))
             width += [(step[i] - start) / pieces] * pieces
         row.append(len(rate))
     rate = np.array(rate)
     return Curve(name, step, lr, loss, rate, np.append(0, np.cumsum(rate * width)), np.array(row))
 
 
-# ---- the laws -------------------------------------------------------------------------------------------------------
-
-
-def noise_columns(curve, alpha, n0, source=0.5):
-    """Columns [n, 3] of our law (top of this file); `source` is the power of the reducible loss that √v follows, ½ under Adam."""
-    k = source * alpha
+def noise_columns(curve, alpha, n0):
+    """Columns [n, 3] of our law, derived at the top of this file."""
+    k = alpha / 2  # 1/√v ∝ τ^k
     theta = curve.edge ** (1 + k) / (1 + k)                                                   # [K+1]
     last = np.maximum(curve.rate[curve.row - 1], 1e-6 * curve.rate.max())                     # the rate of the last update
     shortest = n0 * last * curve.tau ** k                                                     # [n] θ of the last n0 steps
@@ -151,8 +146,8 @@ def predict(fit, curve):
 def fit(law, curves, polish=2):
     """The law of least summed Huber loss (δ = 1e-3) on the log-loss residuals of all curves' evaluations.
 
-    Given its shape a law is linear: every start is solved for (L0, A, c) at once, and the `polish` best are refined, by least
-    squares before Huber, whose flat sides hold a far start back. Raises LogError if no start leads anywhere.
+    Every start is solved for (L0, A, c), which is linear, and the `polish` best are refined: by least squares before Huber, whose
+    flat sides hold a far start back.
     """
     target = np.log(np.concatenate([curve.loss for curve in curves]))
 
@@ -170,15 +165,12 @@ def fit(law, curves, polish=2):
         size = np.abs(design).max(0)
         linear, misfit = nnls(design / size, np.ones(len(target)))
         starts.append((misfit, [*np.maximum(linear, 1e-6) / size, *shape]))
-    best = None
+    ends = []
     for _, start in sorted(starts)[:polish]:
         near = least_squares(residual, np.log(start), x_scale='jac', max_nfev=30)
-        found = least_squares(residual, near.x, loss='huber', f_scale=DELTA, x_scale='jac', max_nfev=100)
-        if np.isfinite(found.cost) and (best is None or found.cost < best.cost):
-            best = found
-    if best is None:
-        raise LogError(f'the {law.name} could not be fitted to {", ".join(curve.name for curve in curves)}')
-    return Fit(law, np.exp(best.x), float(best.cost), int(best.nfev))
+        ends.append(least_squares(residual, near.x, loss='huber', f_scale=DELTA, x_scale='jac', max_nfev=100))
+    best = min(ends, key=lambda end: end.cost)
+    return Fit(law, np.exp(best.x), float(best.cost))
 
 
 def fit_as_published(curves, steps=200, patience=20):
@@ -209,15 +201,14 @@ def fit_as_published(curves, steps=200, patience=20):
             best, kept, taken = objective, value, t
         elif t > patience and t - taken >= patience:
             break
-    return Fit(multi_power_law._replace(name='multi-power law, as published'), kept, float(best), taken)
+    return Fit(multi_power_law._replace(name='multi-power law, as published'), kept, float(best))
 
 
 def errors(fit, curve):
     """R², MAE, RMSE (nats) and the worst relative error of the fitted law on one curve, each evaluation counting alike."""
-    residual = predict(fit, curve) - curve.loss
-    return {'r2': float(1 - (residual ** 2).sum() / ((curve.loss - curve.loss.mean()) ** 2).sum()),
-            'mae': float(np.abs(residual).mean()), 'rmse': float(np.sqrt((residual ** 2).mean())),
-            'worst': float(np.abs(residual / curve.loss).max())}
+    miss = predict(fit, curve) - curve.loss
+    return {'r2': float(1 - np.mean(miss ** 2) / curve.loss.var()), 'mae': float(np.abs(miss).mean()),
+            'rmse': float(np.sqrt(np.mean(miss ** 2))), 'worst': float(np.abs(miss / curve.loss).max())}
 
 
 def compare(curves, names):
@@ -234,12 +225,7 @@ def compare(curves, names):
     chosen = [curves[name] for name in names]
     fits = [fit(noise_law, chosen), fit_as_published(chosen), fit(multi_power_law, chosen)]
     rows = [{'curve': name, 'law': one.law.name, **errors(one, curves[name])} for one in fits for name in unseen]
-    frame = pd.DataFrame(rows)
-    means = frame.drop(columns='curve').groupby('law', sort=False).mean()
-    return fits, rows, means
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
+    return fits, rows, pd.DataFrame(rows).drop(columns='curve').groupby('law', sort=False).mean()
 
 
 def read_folder(folder, warmup=None):
@@ -259,8 +245,8 @@ def read_folder(folder, warmup=None):
 def from_table(table, skip=0.05):
     """{name: Curve} of a log of one model: a curve a schedule, decay and horizon, e.g. `linear`, `linear_0.2`, `const_244k`.
 
-    The first `skip` of the shortest run's steps, where no power law holds yet, is left out. Raises LogError if the log has not the
-    columns, or several models, rates or seeds of which one must be chosen.
+    The first `skip` of the shortest run's steps, where no power law holds yet, is left out. Raises LogError if columns are
+    missing, or if there are several models, batches, rates or seeds.
     """
     require(table, ['step', 'lr', 'test_loss', 'schedule'], 'a schedule law')
     ends = runs(table)

@@ -33,7 +33,7 @@ def curve(rate, warmup=0, every=100, loss=None):
 def planted(law, values, noise=0.0, **kwargs):
     rng = np.random.default_rng(0)
     curves = {name: curve(rate, **kwargs) for name, rate in rates().items()}
-    return {name: one._replace(name=name, loss=laws.predict(laws.Fit(law, np.array(values), 0, 0), one)
+    return {name: one._replace(name=name, loss=laws.predict(laws.Fit(law, np.array(values), 0), one)
                                * (1 + noise * rng.normal(size=len(one.step)))) for name, one in curves.items()}
 
 
