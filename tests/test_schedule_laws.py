@@ -151,7 +151,7 @@ def test_unusable_curves_are_refused_by_name(change, message):
 
 
 def test_command_on_a_folder_of_csv_files(tmp_path, monkeypatch, capsys):
-    for name, one in planted(laws.noise_law, [3.0, 0.45, 75.0, 0.55, 1.5], noise=3e-4, warmup=500, every=200).items():
+    for name, one in planted(laws.noise_law, [3.0, 0.45, 75.0, 0.55, 1.5], noise=3e-4, warmup=500, every=400).items():
         pd.DataFrame({'step': one.step, 'lr': one.lr, 'loss': one.loss}).to_csv(tmp_path / f'{name}.csv', index=False)
 
     def call(*arguments):
@@ -183,7 +183,7 @@ PUBLISHED = {25: (0.9988, 0.00376, 0.00465, 0.00409), 100: (0.9983, 0.00435, 0.0
 
 @pytest.mark.parametrize('size', PUBLISHED)
 def test_published_errors_of_the_multi_power_law_and_ours_below(published, size):
-    curves = laws.read_folder(published / f'llm_curves/{size}')
+    curves = laws.read_csv(published / f'llm_curves/{size}')
     fitted = ['cosine_24000', 'constant_24000', 'wsdcon_9']
     chosen = [curves[name] for name in fitted]
     means = [pd.DataFrame([laws.errors(one, curves[name]) for name in curves if name not in fitted]).mean()
