@@ -151,7 +151,7 @@ def test_unusable_curves_are_refused_by_name(change, message):
 
 
 def test_command_on_a_folder_of_csv_files(tmp_path, monkeypatch, capsys):
-    for name, one in planted(laws.noise_law, [3.0, 0.45, 75.0, 0.55, 1.5], noise=3e-4, warmup=500, every=400).items():
+    for name, one in planted(laws.noise_law, [3.0, 0.45, 75.0, 0.55, 1.5], noise=3e-4, warmup=500, every=200).items():
         pd.DataFrame({'step': one.step, 'lr': one.lr, 'loss': one.loss}).to_csv(tmp_path / f'{name}.csv', index=False)
 
     def call(*arguments):
