@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test lint bench figures games images measure-prepare lock clean
+.PHONY: help setup demo test lint bench bench-compare bench-growth figures games images measure-prepare lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ lint: .venv/complete ## check the style
 
 bench: .venv/complete ## measure the training step against this machine's matmul rate
 	$(RUN) -m benchmarks.run
+
+bench-compare: .venv/complete ## the same beside another revision: make bench-compare REV=HEAD~1
+	$(RUN) -m benchmarks.compare $(REV)
+
+bench-growth: .venv/complete ## step time against width and batch size, drawn in benchmarks/growth.png
+	$(RUN) -m benchmarks.growth
 
 figures: .venv/complete ## run the notebooks on the saved logs: their outputs, and PNGs in figures/png
 	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False figures/*.ipynb

@@ -21,10 +21,27 @@ def weight(rngs, shape, std, role):
     return nnx.Param(value, role=role)
 
 
+@jax.custom_vjp
 def rms_norm(x):
     """x [..., D] divided by its root mean square, eps 1e-6, in float32 whatever the compute type."""
+    return _rms_norm_forward(x)[0]
+
+
+def _rms_norm_forward(x):
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+    r = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
+    y = (y * r).astype(x.dtype)
+    return y, (y, r)
+
+
+def _rms_norm_backward(residuals, g):
+    """r (g - y mean(g y)): two passes over the output y, which the product that follows keeps anyway, and none over x."""
+    y, r = residuals
+    y, g = y.astype(jnp.float32), g.astype(jnp.float32)
+    return (r * (g - y * jnp.mean(g * y, -1, keepdims=True))).astype(residuals[0].dtype),
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def gelu(x):

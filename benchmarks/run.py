@@ -1,14 +1,20 @@
-"""Speed of the training step as a share of this machine's matmul rate:  python -m benchmarks.run [--quick] [--json FILE]
+"""Speed of the training step as a share of this machine's matmul rate:  python -m benchmarks.run [--only TEXT] [--json FILE]
 
 Every row is the project's own training program on its own configuration, data made inside, evaluation timed apart. FLOPs of a step
-are model.train_flops_per_token times the tokens; the matmul rate is measured beside each row. Medians of five repeats.
+are model.train_flops_per_token times the tokens: 6 a weight used in a matrix product, and 12·N·L·D a token for attention (all L²
+of its scores, also those that the causal mask drops). The matmul rate is measured beside each row. Medians of five repeats.
 """
 import argparse
+import contextlib
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import hydra
 import jax
@@ -18,58 +24,121 @@ from tqdm import tqdm
 
 import config
 import data
+import optimizer
 import train
 
-MLP = ['arch=mlp', 'model.N=5', 'opt.lr=0.001', 'opt.readout_lr_mult=1', 'T=1e9', 'wandb_mode=disabled']
-WORK = [
-    *(('mlp', 1, [*MLP, f'model.D={D}']) for D in (64, 128, 256, 512)),
-    *(('mlp', 5, [*MLP, f'model.D={D}']) for D in (32, 64)),
-]
 REPEATS = 5
-SECONDS = 2.0  # of device time a repeat
+SECONDS = 1.5  # of device time a repeat
+
+MLP = ['model.N=5', 'opt.lr=0.001', 'opt.readout_lr_mult=1', 'T=1e9']
+LM = ['model.N=3', 'opt.warmup_tokens=0', 'T=1e9', 'T_eval=32768']
+SHORT, LONG = ('chess', 128, 64), ('cifar5m', 1024, 8)  # (config, L, B) of the transformers: 8,192 tokens a step
+
+
+def grid():
+    """The rows: (config name, number of fused seeds, overrides)."""
+    for D in (32, 64, 128, 256, 512, 1024):
+        yield 'mlp', 1, [*MLP, f'model.D={D}']
+    for D in (32, 64, 128):
+        yield 'mlp', 5, [*MLP, f'model.D={D}']
+    for name, L, B in (SHORT, LONG):
+        for D in (64, 128, 256, 512):
+            yield name, 1, [*LM, f'model.L={L}', f'opt.B={B}', f'model.D={D}']
+    yield 'chess', 5, [*LM, 'model.L=128', 'opt.B=64', 'model.D=64']
 
 
 def measure(name, seeds, overrides):
     """One row: {name: number}, times in seconds, for one configuration trained with this many fused seeds."""
-    with hydra.initialize(version_base=None, config_path='../configs'):
-        run = config.resolve(hydra.compose(name, [*overrides, f'seeds={list(range(seeds))}']))
+    with hydra.initialize(version_base=None, config_path='../configs'), random_tokens() as folder:
+        where = [] if name == 'mlp' else [f'ds_path={folder}']
+        run = config.resolve(hydra.compose(name, [*overrides, *where, f'seeds={list(range(seeds))}', 'wandb_mode=disabled']))
+        return measure_run(run) | {'config': name, 'seeds': seeds}
+
+
+@contextlib.contextmanager
+def random_tokens():
+    """A data set of uniform tokens: speed does not depend on what they say."""
+    with tempfile.TemporaryDirectory() as folder:
+        for split, n in (('train', 1 << 22), ('test', 1 << 17)):
+            np.random.default_rng(0).integers(0, 54, n, np.uint8).tofile(Path(folder) / f'{split}.bin')
+        yield folder
+
+
+def measure_run(run):
+    S = len(run.all_seeds)
     task = data.open_task(run, run.all_seeds)
     program = train.programs(run, task)
     peak_lrs = train.peak_rates(run)
-    state = program.init(jnp.stack([jax.random.key(seed) for seed in run.all_seeds]), task.test)
+    test = jax.device_put(task.test, program.test_sharding)
+    state = program.init(jnp.stack([jax.random.key(seed) for seed in run.all_seeds]), test)
     raw = jax.device_put(task.block(0), program.raw_sharding)
     s = np.ones(task.block_steps, np.float32)
 
     start = time.perf_counter()
     step = program.train.lower(state, peak_lrs, raw, s, np.int32(0), np.int32(1)).compile()
-    evaluate = program.evaluate.lower(state, peak_lrs, task.test).compile()
+    evaluate = program.evaluate.lower(state, peak_lrs, test).compile()
     compile_seconds = time.perf_counter() - start
-    make_data = jax.jit(lambda raw, n: jax.lax.fori_loop(
-        0, n, lambda i, sums: jax.tree.map(lambda a, b: a + b.sum(), sums, task.batch(jax.tree.map(lambda a: a[i], raw))),
-        data.Batch(0.0, 0.0, 0)))
 
+    def batches(raw, n):  # the training batches alone, each reduced to a number so that it is really made
+        def add(i, total):
+            batch = task.batch(jax.tree.map(lambda a: a[i], raw))
+            return total + sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(batch))
+        return jax.lax.fori_loop(0, n, add, jnp.float32(0))
+
+    def updates(state, n):  # the optimiser alone, the weights standing for a gradient
+        def one(state):
+            u, moments = optimizer.adam(run).update(state.params, state.moments, state.params)
+            return state._replace(params=optimizer.descend(state.params, u, peak_lrs, 1e-9), moments=moments)
+        return jax.lax.fori_loop(0, n, lambda _, state: jax.vmap(one)(state), state)
+
+    def products(x, n):  # the matrix products of the weights alone, forward and backward, in their shapes
+        def one(_, x):
+            for k, m in weight_shapes(run):
+                w = jnp.broadcast_to(x[:, :1, :1], (S, k, m))
+                a, b = (jnp.broadcast_to(x[:, :1, :1], (S, x.shape[1], d)) for d in (k, m))
+                for out in (a @ w, b @ w.swapaxes(1, 2), a.swapaxes(1, 2) @ b):
+                    x = x + 1e-30 * out[:, :1, :1]
+            return x
+        return jax.lax.fori_loop(0, n, one, x)
+
+    make, update, multiply = jax.jit(batches), jax.jit(updates), jax.jit(products)
+    rows = jnp.ones((S, run.derived.tokens_per_step, 1))
     state = jax.block_until_ready(step(state, peak_lrs, raw, s, np.int32(0), np.int32(2)))
     state, seconds = timed(lambda: step(state, peak_lrs, raw, s, np.int32(0), np.int32(3)))
     n = int(np.clip(3 * SECONDS / seconds, 1, task.block_steps))
-    times = {'step': [], 'data': [], 'rate': [], 'evaluation': []}
-    jax.block_until_ready(make_data(raw, 1))
+    for warm in (lambda: make(raw, 1), lambda: update(state, 1), lambda: multiply(rows, 1)):
+        jax.block_until_ready(warm())
+    times = {name: [] for name in ('rate', 'step', 'data', 'optimiser', 'products', 'evaluation')}
     for _ in range(REPEATS):
         train.matmul_rate.cache_clear()
         times['rate'].append(train.matmul_rate())
         state, seconds = timed(lambda state=state: step(state, peak_lrs, raw, s, np.int32(0), np.int32(n)))
         times['step'].append(seconds / n)
-        times['data'].append(timed(lambda: make_data(raw, n))[1] / n)
-        (state, _), seconds = timed(lambda state=state: evaluate(state, peak_lrs, task.test))
+        times['data'].append(timed(lambda: make(raw, n))[1] / n)
+        times['optimiser'].append(timed(lambda state=state: update(state, n))[1] / n)
+        times['products'].append(timed(lambda: multiply(rows, n))[1] / n)
+        (state, _), seconds = timed(lambda state=state: evaluate(state, peak_lrs, test))
         times['evaluation'].append(seconds)
     median = {k: statistics.median(v) for k, v in times.items()}
-    flops = run.derived.flops_per_token * run.derived.tokens_per_step * seeds
-    return {'config': name, 'D': run.model.D, 'L': run.model.L, 'B': run.opt.B, 'seeds': seeds, 'p': run.derived.num_params,
+    flops = run.derived.flops_per_token * run.derived.tokens_per_step * S
+    memory = step.memory_analysis()
+    return {'D': run.model.D, 'L': run.model.L, 'B': run.opt.B, 'p': run.derived.num_params,
             'flops_per_step': flops, 'matmul_rate': median['rate'], 'step_seconds': median['step'],
             'step_share': flops / median['step'] / median['rate'], 'data_seconds': median['data'],
+            'optimiser_seconds': median['optimiser'], 'products_seconds': median['products'],
             'evaluation_seconds': median['evaluation'], 'test_batches': run.derived.num_test_batches,
-            # forward and backward passes over the same batches are the floor: a step's time less its data
-            'evaluation_over_passes': median['evaluation'] / run.derived.num_test_batches / (median['step'] - median['data']),
-            'compile_seconds': compile_seconds}
+            # forward and backward passes over the same batches are the floor: a step's time less its data and its update
+            'evaluation_over_passes': median['evaluation'] / run.derived.num_test_batches
+            / (median['step'] - median['data'] - median['optimiser']),
+            'bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes, 'compile_seconds': compile_seconds}
+
+
+def weight_shapes(run):
+    """(inputs, outputs) of every weight that multiplies the stream [tokens, inputs], as its product sees it."""
+    m, F = run.model, run.model.mlp_expansion * run.model.D
+    if run.arch == 'mlp':
+        return [(m.V, m.D), *[(m.D, m.D)] * (2 * m.N), (m.D, 1)]
+    return [*[(m.D, 3 * m.D), (m.D, m.D), (m.D, F), (F, m.D)] * m.N, (m.D, m.V)]
 
 
 def timed(call):
@@ -78,34 +147,61 @@ def timed(call):
     return result, time.perf_counter() - start
 
 
+def process(overrides, cache):
+    """(wall seconds of a whole `python train.py`, seconds of it in steps and evaluations) with this compilation cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, 'train.py', '-cn', 'mlp', *MLP, *overrides, 'wandb_mode=disabled', f'run_dir={folder}/run']
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, 'XDG_CACHE_HOME': cache})
+        wall = time.perf_counter() - start
+        summary = json.loads((Path(folder) / 'run' / 'summary.json').read_text())
+    return wall, summary['train_seconds'] + summary['eval_seconds']
+
+
+def processes():
+    """Start-up (all but steps and evaluations) of a one-step run with an empty compilation cache and a second time, and the
+    wall time of 500 steps with 4 evaluations at D = 128, with that cache: {name: seconds}."""
+    with tempfile.TemporaryDirectory() as cache:
+        one_step = ['model.D=128', 'T=4096', 'num_evals=2']
+        cold, warm = (wall - busy for wall, busy in (process(one_step, cache) for _ in range(2)))
+        whole = process(['model.D=128', f'T={500 * 4096}', 'num_evals=2'], cache)[0]
+    return {'start_cold': cold, 'start_warm': warm, 'whole_process': whole}
+
+
 def table(rows):
-    heads = (('p', 11), ('step ms', 10), ('GFLOP/s', 9), ('share', 8), ('data', 7), ('eval s', 8), ('eval/passes', 12),
-             ('compile s', 11))
-    lines = [f"{'work':<22}" + ''.join(f'{name:>{width}}' for name, width in heads)]
+    """Text: a line a row; the columns after `share` say where a step's time goes, as shares of it."""
+    lines = [f"{'work':<26}{'p':>12}{'step ms':>10}{'GFLOP/s':>9}{'share':>8} |{'data':>7}{'update':>8}"
+             f"{'products':>10}{'rest':>7} |{'eval s':>8}{'eval/passes':>13}{'MB':>7}{'compile s':>11}"]
     for r in rows:
-        work = f"{r['config']} D={r['D']} L={r['L']} ×{r['seeds']}"
-        lines.append(f"{work:<22}{r['p']:>11,}{1e3 * r['step_seconds']:>10.2f}{r['flops_per_step'] / r['step_seconds'] / 1e9:>9.1f}"
-                     f"{r['step_share']:>8.1%}{r['data_seconds'] / r['step_seconds']:>7.1%}{r['evaluation_seconds']:>8.2f}"
-                     f"{r['evaluation_over_passes']:>12.2f}{r['compile_seconds']:>11.1f}")
+        work = f"{r['config']} D={r['D']} L={r['L']} B={r['B']} ×{r['seeds']}"
+        parts = [r[f'{part}_seconds'] / r['step_seconds'] for part in ('data', 'optimiser', 'products')]
+        lines.append(f"{work:<26}{r['p']:>12,}{1e3 * r['step_seconds']:>10.2f}{r['flops_per_step'] / r['step_seconds'] / 1e9:>9.1f}"
+                     f"{r['step_share']:>8.1%} |{parts[0]:>7.1%}{parts[1]:>8.1%}{parts[2]:>10.1%}{1 - sum(parts):>7.1%} |"
+                     f"{r['evaluation_seconds']:>8.2f}{r['evaluation_over_passes']:>13.2f}{r['bytes'] / 1e6:>7.0f}"
+                     f"{r['compile_seconds']:>11.1f}")
     return '\n'.join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--only', help='rows whose description holds this text, e.g. D=64')
+    parser.add_argument('--only', default='', help='rows whose description matches this pattern, e.g. "mlp.*D=64$"')
     parser.add_argument('--json', help='write the rows to this file')
     args = parser.parse_args()
     train.enable_compilation_cache()
-    work = [w for w in WORK if not args.only or args.only in ' '.join(w[2])]
+    work = [w for w in grid() if re.search(args.only, f"{w[0]} ×{w[1]} {' '.join(w[2])}")]
     rows = [measure(*w) for w in tqdm(work, desc='bench', file=sys.stderr)]
     device = jax.devices()[0].device_kind
-    print(f'{device}, matmul rate {statistics.median(r["matmul_rate"] for r in rows) / 1e9:.0f} GFLOP/s (float32, [2048]³, '
-          f'measured beside each row); medians of {REPEATS}; data is inside the step, as a share of it')
-    print(table(rows))
+    if rows:
+        print(f'{device}, matmul rate {statistics.median(r["matmul_rate"] for r in rows) / 1e9:.0f} GFLOP/s (float32, [2048]³, '
+              f'measured beside each row); medians of {REPEATS}')
+        print(table(rows))
+    whole = {} if args.only else processes()
+    if whole:
+        print('start-up to the first step {start_cold:.1f} s cold, {start_warm:.1f} s warm; mlp D=128, 500 steps and 4 '
+              'evaluations, whole process {whole_process:.1f} s'.format(**whole))
     if args.json:
         revision = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True).stdout.strip()
-        with open(args.json, 'w') as f:
-            json.dump({'device': device, 'revision': revision, 'rows': rows}, f, indent=1)
+        Path(args.json).write_text(json.dumps({'device': device, 'revision': revision, 'rows': rows, 'processes': whole}, indent=1))
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -89,9 +88,9 @@ def test_L0_and_seeds_both_reach_the_intervals():
 
 
 def test_sigma_interval_covers_the_planted_noise():
-    """200 planted ladders: the 90% interval of σ, averaged over models, holds the truth in 80 to 97% of them."""
+    """100 planted ladders: the 90% interval of σ, averaged over models, holds the truth in 80 to 97% of them."""
     rng, hits = np.random.default_rng(0), []
-    for seed in range(200):
+    for seed in range(100):
         loss = 1 + 5e-3 * rng.normal(size=(40, 2))                              # 8 models of 5 seeds, L0 0, no decay
         curves = collapse.Curves(np.array([0.5, 1]), loss, np.repeat(np.arange(8), 5), np.geomspace(1, 10, 8), [''] * 40,
                                  np.ones(2), np.ones(2))
@@ -137,9 +136,7 @@ def command(*arguments, module='collapse'):
 
 def test_command(tmp_path):
     logs.write_parquet(planted(), tmp_path / 'log.parquet', source='planted')
-    start = time.monotonic()
     done = command(tmp_path / 'log.parquet', '--json', '--out', tmp_path / 'figure.png', '--min-width', 40)
-    assert time.monotonic() - start < 60                                        # 3 s when the machine is quiet
     result = json.loads(done.stdout)                                            # JSON, and nothing else
     assert {'fit', 'x', 'delta', 'sigma', 'supercollapse_from', 'supercollapse_from_ci', 'supercollapse_from_every_model',
             'ddof', 'seeds_per_model', 'duplicates_dropped', 'widths'} <= set(result)

@@ -211,10 +211,10 @@ def power_law_batches(resolve):
 @pytest.mark.parametrize('arch', ['mlp', 'transformer'])
 def test_update_sizes_do_not_depend_on_width(resolve, power_law_batches, arch):
     """Fitted exponents of D in the rms of the last features h, of their change dh and of the output's change df, over 4 steps."""
-    targets, widths, rate = power_law_batches, (32, 64, 128, 256), 0.0005
+    targets, widths, rate = power_law_batches, (32, 256), 0.0005
     if arch == 'transformer':  # ids that follow from the one before, so that there is something to learn
         tokens = np.random.default_rng(0).integers(0, 32, (4, 64, 8))
-        targets, widths, rate = (tokens, (tokens * 5 + 3) % 32), (64, 128, 256), 0.004
+        targets, widths, rate = (tokens, (tokens * 5 + 3) % 32), (64, 256), 0.004
     sizes = {True: [], False: []}
     for D in widths:
         for mup, ((before, after), _) in learn(resolve, arch, D, [rate], 4, 3, targets).items():
