@@ -2,6 +2,7 @@
 import json
 import math
 import signal
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -357,3 +358,24 @@ def test_metrics_of_the_published_code(published, resolve):
             spread = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 3)
             assert abs(a.mean() - b.mean()) < 8.6 * spread + 1e-3, (k, step, published_values, ours[k])
     assert ours['test_loss'].mean() < 0.45
+
+
+def test_nothing_is_compiled_again(small_mlp, tmp_path):
+    """Not by more stretches, blocks or evaluations, and not for other rates, schedules or horizons of the same shapes."""
+    met = Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: met.update([event.rsplit('/')[-1]]))
+
+    def compiled(name, *overrides):
+        met.clear()
+        train.train(small_mlp(f'run_dir={tmp_path / name}', *overrides))
+        return met['cache_misses'], met['cache_hits'] + met['cache_misses']
+
+    try:
+        compiled('first', 'opt.B=24')  # what is compiled once for all: the data's own programs too
+        misses, programs = compiled('same', 'opt.B=24', 'num_evals=2')
+        assert misses == 0 and programs > 0
+        more = compiled('more', 'opt.B=24', 'num_evals=40', f'T={24 * 3000}', 'opt.lr=0.001', 'opt.schedule=cosine')
+        assert more == (0, programs)
+        assert compiled('wider', 'opt.B=24', 'model.D=24')[0] > 0  # the control: another shape is another program
+    finally:
+        jax.monitoring.clear_event_listeners()
