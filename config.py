@@ -72,6 +72,10 @@ class Config:
     seeds: list[int] | None
     run_dir: str | None
     checkpoint_minutes: float
+    dry_run: bool
+    num_processes: int | None
+    process_id: int | None
+    coordinator: str | None
     wandb_mode: str
     wandb_project: str
     wandb_tag: str
@@ -112,6 +116,7 @@ def resolve(cfg, vocab_size=None, devices=1) -> Run:
     """
     try:
         cfg = _nulls(cfg)
+        echo = flatten(cfg.pop('echo', {}))
         for section in ('model', 'opt'):
             if not isinstance(cfg[section], dict):
                 raise ConfigError(f'{section}={cfg[section]} must be a group of keys; set them one by one, {section}.KEY=…')
@@ -147,7 +152,26 @@ def resolve(cfg, vocab_size=None, devices=1) -> Run:
         compute=6.0 * p * steps * tokens_per_step, warmup_steps=warmup_steps,
         num_test_batches=cfg.T_eval // tokens_per_step, microbatches=microbatches,
         flops_per_token=float(models.train_flops_per_token(cfg.arch, m)))
-    return Run(**{**vars(cfg), 'T': T, 'model': m}, derived=derived)
+    run = Run(**{**vars(cfg), 'T': T, 'model': m}, derived=derived)
+    _check_echo(run, echo)
+    return run
+
+
+def as_override(word):
+    """A word of the command line. What we log beside the keys there are, and W&B gives back to a run that it starts again, is set
+    apart under `echo`, where `resolve` compares it with what it comes to."""
+    key, equals, _ = word.partition('=')
+    return f'+echo.{word}' if equals and (key in SHORT_NAMES or key.startswith('derived.')) else word
+
+
+def _check_echo(run, echo):
+    values = flatten(settings(run, run.all_seeds[0]))
+    for key, value in echo.items():
+        found = values.get(SHORT_NAMES.get(key, key))
+        if str(value) != str(found):
+            meant = SHORT_NAMES.get(key, key)
+            raise ConfigError(f'{key}={value} is not for setting, and comes to {found}; ' +
+                              (f'set {meant}' if not meant.startswith('derived.') else 'leave it out'))
 
 
 def _schema():
@@ -255,14 +279,33 @@ def _one_of(key, value, names):
 
 
 def as_dict(run, seed) -> dict:
-    """A run's resolved configuration as plain nested dicts, for one seed of its group: what config.yaml and W&B hold."""
+    """A run's resolved configuration as plain nested dicts, for one seed of its group."""
     values = dataclasses.asdict(run)
     values.update(seed=seed, seeds=None)
     return values
 
 
 # Keys that say where a run is written, not what is computed.
-BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'wandb_mode', 'wandb_project', 'wandb_tag')
+BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'wandb_mode', 'wandb_project', 'wandb_tag', 'dry_run', 'num_processes',
+               'process_id', 'coordinator')
+
+# The short names of the published logs, for W&B: each is the last part of one dotted key and of no other that matters.
+SHORT_NAMES = {
+    'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh', 'mlp_expansion': 'model.mlp_expansion',
+    'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule', 'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens',
+    'num_params': 'derived.num_params', 'steps': 'derived.steps'}
+
+
+def settings(run, seed) -> dict:
+    """The configuration as config.yaml and W&B hold it: resolved, with what is derived from it and the run's name."""
+    values = as_dict(run, seed)
+    values['derived']['name'] = run_name(run, seed)
+    return values
+
+
+def asked(run, seed) -> dict:
+    """What one seed computes, as the user asked for it: neither bookkeeping nor what is derived."""
+    return {k: v for k, v in as_dict(run, seed).items() if k not in (*BOOKKEEPING, 'derived')}
 
 
 def flatten(values, prefix='') -> dict:
@@ -278,8 +321,7 @@ def flatten(values, prefix='') -> dict:
 
 def fingerprint(run, seed) -> str:
     """8 hex digits of what one seed computes; equal configurations, however they were written, have equal ones."""
-    values = {k: v for k, v in as_dict(run, seed).items() if k not in BOOKKEEPING}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(asked(run, seed), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(run, seed) -> str:

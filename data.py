@@ -6,6 +6,7 @@ asks for batches is train.py's.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,14 +36,19 @@ class Task(NamedTuple):
     in_rows: bool                        # raw data has the B examples, [M, (S,) B, …], and is not what they are made from
 
 
-def open_task(run, seeds) -> Task:
-    """The task of a resolved run, for these of its seeds. Raises FileNotFoundError or ValueError, one line, before any training."""
-    return fourier_task(run) if run.ds_path == 'fourier' else token_task(run, seeds)
+def open_task(run, seeds, rows=slice(None)) -> Task:
+    """The task of a resolved run, for these of its seeds; of training data on disk, these rows of each batch are read.
+
+    Raises FileNotFoundError or ValueError, one line, before any training.
+    """
+    return fourier_task(run) if run.ds_path == 'fourier' else token_task(run, seeds, rows)
 
 
-def vocab_size(ds_path) -> int | None:
-    """The vocabulary that a data set's own meta file states, None where there is none."""
-    return None if ds_path in (None, 'fourier') else dataset.open_tokens(str(ds_path)).vocab_size
+def vocab_size(ds_path, data_needed=True) -> int | None:
+    """The vocabulary that a data set's own meta file states, None where there is none, or no data set and none is needed."""
+    if ds_path in (None, 'fourier') or not (data_needed or Path(str(ds_path)).exists()):
+        return None
+    return dataset.open_tokens(str(ds_path)).vocab_size
 
 
 def weighted_sum(loss, weight):
@@ -146,7 +152,7 @@ def fourier_task(run) -> Task:
 
 # Next-token prediction from token files
 
-def token_task(run, seeds) -> Task:
+def token_task(run, seeds, rows) -> Task:
     B, L, V = run.opt.B, run.model.L, run.model.V
     train, held_out = (dataset.open_tokens(run.ds_path, split) for split in ('train', 'test'))
     n = run.derived.num_test_batches
@@ -162,10 +168,10 @@ def token_task(run, seeds) -> Task:
 
     def block(k):
         if not run.shuffle:  # in file order, round and round
-            return train.read(k * M * B * L, M * B * L).reshape(M, B, L)
+            return train.read(k * M * B * L, M * B * L).reshape(M, B, L)[:, rows]
         steps = np.arange(k * M, (k + 1) * M)
         order = [np.asarray(drawn_blocks(seed, steps, num_blocks)) for seed in seeds]
-        return np.stack([[train.read(b * B * L, B * L).reshape(B, L) for b in drawn] for drawn in order], axis=1)  # [M, S, B, L]
+        return np.stack([[train.read(b * B * L, B * L).reshape(B, L)[rows] for b in drawn] for drawn in order], 1)  # [M, S, B, L]
 
     def batch(tokens):
         y, weight = next_tokens(tokens, train.pad_id, run.published_averaging)

@@ -1,27 +1,33 @@
-"""A run's record: the folder runs/<wandb_tag>/<name>/ with config.yaml, history.jsonl and summary.json, mirrored to W&B.
+"""A run's record: the folder runs/<wandb_tag>/<name>/ with config.yaml, history.jsonl and summary.json.
 
-The only file of the training that knows W&B. What the rows mean is train.py's; reading folders back is figures/table.py's.
+Its copy in W&B is mirror.py's, checkpoints are checkpoint.py's. What the rows mean is train.py's; reading folders back is
+figures/table.py's.
 """
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import shutil
 import subprocess
+import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
-import numpy as np
 import yaml
 
+import checkpoint
 import config
+import dataset
+import hosts
+import mirror
+from checkpoint import warn
 
-# The short names of the published logs, for W&B's config: each is the last part of one dotted key and of no other that matters.
-SHORT_NAMES = {
-    'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh', 'mlp_expansion': 'model.mlp_expansion',
-    'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule', 'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens',
-    'num_params': 'derived.num_params', 'steps': 'derived.steps'}
+ENDED = ('finished', 'diverged')  # states of a run that is left alone
+SUMMED = ('wall_seconds', 'compile_seconds', 'train_seconds', 'eval_seconds')  # in the summary, over all sessions
 
 
 class RunFolderError(ValueError):
@@ -30,53 +36,109 @@ class RunFolderError(ValueError):
 
 class Record:
     """Writes one run as it happens. It goes on at `step` from the rows in the folder up to the step `evaluated`; what is later
-    there, of an attempt that this one starts over, is removed."""
+    there, of an attempt that this one starts over, is removed.
+
+    Of several processes the first keeps the record; the others' goes to a folder that vanishes with them. All save checkpoints.
+    """
 
     def __init__(self, run, seed, step=0, evaluated=-1):
         self.seed, self.name, self.folder = seed, config.run_name(run, seed), folder_of(run, seed)
-        values = settings(run, seed)
+        self.checkpoints = checkpoint.Checkpoints(self.folder)
+        rows = [row for row in read_history(self.folder) if row['step'] <= evaluated]
+        earlier = read_summary(self.folder)
+        if not hosts.first():
+            self.scratch = tempfile.TemporaryDirectory()
+            self.folder = Path(self.scratch.name)
         make_folder(self.folder)
-        (self.folder / 'summary.json').unlink(missing_ok=True)
-        write_whole(self.folder / 'config.yaml', yaml.safe_dump({**values, 'environment': environment()}, sort_keys=False))
+        self.earlier = {k: v for k, v in earlier.items() if k in SUMMED}
+        self.wandb_id = earlier.get('wandb_id') or secrets.token_hex(4)
+        self.summarise('running')
+        write_whole(self.folder / 'config.yaml', yaml.safe_dump({**config.settings(run, seed), 'data': data_files(run),
+                                                                 'environment': environment()}, sort_keys=False))
         for path in self.folder.glob('checkpoints/*'):  # before the rows that lead up to them
             if path.name.isdigit() and int(path.name) > step:
                 shutil.rmtree(path)
-        rows = [row for row in read_history(self.folder) if row['step'] <= evaluated]
-        write_whole(self.folder / 'history.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
-        self.history = open(self.folder / 'history.jsonl', 'a')
-        self.wandb = _open_wandb(run, self.name, self.folder, values) if run.wandb_mode != 'disabled' else None
-        for row in rows if self.wandb else ():  # W&B sees a resumed run as a new one: give it the whole curve
-            self.wandb.log(row)
+        self.rows, self.history = rows, None
+        self._write_rows()
+        mirrored = run.wandb_mode != 'disabled' and hosts.first()
+        self.mirror = mirror.Mirror(run, seed, self) if mirrored else None
 
     def log(self, row):
         """Appends one evaluation, {name: number}; a value that is not finite is missing, and what is missing is left out."""
-        row = {k: v for k, v in row.items() if math.isfinite(v)}
-        self.history.write(json.dumps(row) + '\n')
-        self.history.flush()
-        if self.wandb:
-            self.wandb.log(row)
+        self.rows.append({k: v for k, v in row.items() if math.isfinite(v)})
+        try:
+            if self.history:
+                self.history.write(json.dumps(self.rows[-1]) + '\n')
+                self.history.flush()
+            else:
+                self._write_rows()
+        except OSError as error:  # a full disk
+            self.history = None
+            warn(f'{self.folder}/history.jsonl cannot be written ({error.strerror}); its rows are kept for the next evaluation')
+        if self.mirror:
+            self.mirror.log(len(self.rows) - 1, self.rows[-1])
 
-    def save(self, state):
-        """Saves one seed's state under its step, complete or not at all; the two newest are kept."""
-        checkpoints = open_checkpoints(self.folder)
-        checkpoints.save(int(state.step), args=_orbax().args.StandardSave(state))
-        checkpoints.close()
+    def _write_rows(self):
+        write_whole(self.folder / 'history.jsonl', ''.join(json.dumps(row) + '\n' for row in self.rows))
+        self.history = open(self.folder / 'history.jsonl', 'a')
+
+    def save(self, step, state, **numbers):
+        """Begins to save one seed's state; the rows that lead up to it, and the run's numbers so far, are on disk before it is."""
+        try:
+            if self.history:
+                os.fsync(self.history.fileno())
+            self.summarise('running', **numbers)
+        except OSError as error:
+            warn(f'{self.folder}/summary.json cannot be written ({error.strerror})')
+        self.checkpoints.save(step, state)
+
+    def summarise(self, state, **numbers):
+        """Writes summary.json and returns it; seconds are summed over the sessions of a run, those of a killed one up to its last
+        checkpoint."""
+        seconds = {k: self.earlier.get(k, 0) + numbers.get(k, 0) for k in SUMMED if k in self.earlier or k in numbers}
+        summary = {'state': state, 'name': self.name, 'seed': self.seed, 'folder': str(self.folder), **numbers, **seconds,
+                   'wandb_id': self.wandb_id}
+        write_whole(self.folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        return summary
 
     def close(self, state, **numbers):
-        """Ends the record in `state` ('finished', 'diverged' or 'interrupted') with the run's last numbers and its last losses.
-
-        Returns the summary. The checkpoints of a run that has ended are removed.
-        """
+        """Ends the record in `state` ('finished', 'diverged', 'interrupted' or 'failed') with the run's last numbers and its last
+        losses, and returns the summary. The checkpoints of a run that has finished or diverged are removed."""
+        self.checkpoints.close(keep=state not in ENDED)
+        if not self.history:
+            self._write_rows()
         self.history.close()
-        last = {k: v for row in read_history(self.folder)[-1:] for k, v in row.items() if k in ('test_loss', 'train_loss')}
-        summary = {'state': state, 'name': self.name, 'seed': self.seed, 'folder': str(self.folder), **last, **numbers}
-        write_whole(self.folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
-        if state != 'interrupted':
-            shutil.rmtree(self.folder / 'checkpoints', ignore_errors=True)
-        if self.wandb:
-            self.wandb.summary.update(summary)
-            self.wandb.finish(exit_code=0 if state == 'finished' else 1)
+        last = {k: v for row in self.rows[-1:] for k, v in row.items() if k in ('test_loss', 'train_loss')}
+        summary = self.summarise(state, **last, **numbers)
+        if self.mirror:
+            self.mirror.finish(summary)
         return summary
+
+
+@contextmanager
+def closed_on_failure(records):
+    """Ends the records {key: Record} that are still open when an exception leaves the block, as what it is."""
+    try:
+        yield records
+    except BaseException as error:
+        for one in records.values():
+            one.close('failed' if isinstance(error, Exception) else 'interrupted', error=f'{type(error).__name__}: {error}'[:500])
+        raise
+
+
+@contextmanager
+def locked(folders):
+    """Makes the folders and holds them for this process; the lock ends with the process, however it ends. Raises RunFolderError."""
+    with ExitStack() as locks:
+        for folder in folders if hosts.first() else ():
+            make_folder(folder)
+            file = locks.enter_context(open(folder / 'lock', 'a'))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunFolderError(f'{folder} is being trained by another process; wait for it, or set run_dir to another '
+                                     'folder') from error
+        yield
 
 
 def folder_of(run, seed) -> Path:
@@ -96,36 +158,33 @@ def make_folder(folder):
         raise RunFolderError(f'{folder} cannot be written to; set run_dir to another folder')
 
 
-def log_in(run):
-    """Makes sure that W&B has a key where a run is to be mirrored online. Raises ConfigError."""
-    if run.wandb_mode != 'online':
-        return
-    import wandb
+def ended(run, seed) -> dict | None:
+    """The summary of a seed that has finished or diverged, None of one that is still to be trained.
 
-    try:
-        wandb.login()
-    except wandb.Error as error:
-        raise config.ConfigError(f'wandb_mode=online: {str(error).rstrip(".")}; or set wandb_mode=offline') from error
-
-
-def settings(run, seed) -> dict:
-    """The configuration as config.yaml and W&B hold it: resolved, with what is derived from it and the run's name."""
-    values = config.as_dict(run, seed)
-    values['derived']['name'] = config.run_name(run, seed)
-    return values
-
-
-def is_finished(run, seed) -> bool:
-    """Whether the run's folder holds it, finished. Raises RunFolderError, with the keys that differ, if another run is there."""
+    A seed that diverged would do the same again. Raises RunFolderError if the folder holds another run, with the keys that differ
+    of those that a user sets, or was trained on other data.
+    """
     folder = folder_of(run, seed)
     if not (folder / 'config.yaml').exists():
-        return False
-    there = config.flatten(yaml.safe_load((folder / 'config.yaml').read_text()))
-    differ = [f'{k}={there.get(k)} there, {v} asked' for k, v in config.flatten(settings(run, seed)).items()
-              if k not in config.BOOKKEEPING and there.get(k) != v]
+        return None
+    there = yaml.safe_load((folder / 'config.yaml').read_text())
+    flat = config.flatten(there)
+    differ = [f'{k}={flat.get(k)} there, {v} asked' for k, v in config.flatten(config.asked(run, seed)).items() if flat.get(k) != v]
     if differ:
         raise RunFolderError(f'{folder} holds another run ({"; ".join(differ[:4])}); set run_dir to another folder')
-    return read_summary(folder).get('state') == 'finished'
+    summary = read_summary(folder)
+    if summary.get('state') in ENDED:
+        return summary
+    before, now = there.get('data') or {}, data_files(run)
+    if changed := sorted(name for name in before.keys() | now.keys() if before and before.get(name) != now.get(name)):
+        raise RunFolderError(f'{folder} was trained on other data: {", ".join(changed)} of {run.ds_path} changed since; put the '
+                             'old data back, or set run_dir to another folder')
+    return None
+
+
+def data_files(run) -> dict:
+    """{file name: size and fingerprint} of the data set, {} for one that is made on the device."""
+    return {} if run.ds_path == 'fourier' else dataset.fingerprints(run.ds_path)
 
 
 def read_summary(folder) -> dict:
@@ -135,35 +194,15 @@ def read_summary(folder) -> dict:
 
 
 def read_history(folder) -> list[dict]:
-    """The rows of history.jsonl, without a last line that a kill cut short."""
+    """The rows of history.jsonl up to the first line that is none: a kill or a fault of the disk cut it short."""
     path = Path(folder) / 'history.jsonl'
-    lines = path.read_text().split('\n')[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def _orbax():
-    import orbax.checkpoint  # a second of start-up that a short run does without
-
-    return orbax.checkpoint
-
-
-def open_checkpoints(folder):
-    """Orbax's manager of the checkpoints in a run's folder."""
-    options = _orbax().CheckpointManagerOptions(max_to_keep=2)
-    return _orbax().CheckpointManager((Path(folder) / 'checkpoints').absolute(), options=options)
-
-
-def newest_checkpoint(folders) -> int | None:
-    """The newest step that every one of the folders holds a checkpoint of, None if there is none."""
-    steps = [set(open_checkpoints(f).all_steps()) if (f / 'checkpoints').exists() else set() for f in folders]
-    return max(set.intersection(*steps), default=None)
-
-
-def restore(folders, step, like):
-    """The states saved at `step` in each folder, stacked: NumPy leaves [S, …]. like: the abstract state of one seed."""
-    wanted = _orbax().args.StandardRestore(jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like))
-    states = [open_checkpoints(f).restore(step, args=wanted) for f in folders]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+    rows = []
+    for line in path.read_text(errors='replace').split('\n')[:-1] if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def write_whole(path, text):
@@ -184,18 +223,3 @@ def environment() -> dict:
     return {'revision': revision, 'python': platform.python_version(), 'device': jax.devices()[0].device_kind,
             'platform': jax.default_backend(), 'device_count': jax.device_count(),
             'versions': {p: importlib.metadata.version(p) for p in packages}}
-
-
-def _open_wandb(run, name, folder, values):
-    import wandb  # a second of start-up that a run with wandb_mode=disabled does without
-
-    flat = config.flatten(values)
-    try:
-        mirror = wandb.init(
-            project=run.wandb_project, name=name, tags=[run.wandb_tag], mode=run.wandb_mode, dir=folder, reinit='create_new',
-            config={**flat, **{short: flat[key] for short, key in SHORT_NAMES.items()}},
-            settings=wandb.Settings(silent=True, console='off', x_disable_stats=True))
-    except wandb.Error as error:
-        raise RunFolderError(f'W&B does not answer ({error}); wandb_mode=offline records the run here, for wandb sync') from error
-    mirror.define_metric('*', step_metric='step')
-    return mirror

@@ -55,8 +55,9 @@ def from_wandb(project, entity, tags):
                             '; check --project, --entity and --tag')
     frames, others = [], defaultdict(list)
     for run in tqdm(runs, desc='runs', unit='run'):
-        if run.state != 'finished':
-            others[run.state].append(run.name)
+        state = dict(run.summary).get('state', run.state) if run.state == 'finished' else run.state  # a diverged run of a sweep
+        if state != 'finished':                                                                     # has ended well for W&B
+            others[state].append(run.name)
             continue
         rows = patiently(lambda run=run: list(run.scan_history(page_size=1000)), f'reading {run.name}')
         rows = [{key: _number(value) for key, value in row.items()} for row in rows if row.get('test_loss') is not None]

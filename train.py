@@ -24,14 +24,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+import checkpoint
 import config
 import data
+import dry_run
+import hosts
+import mirror
 import model as models
 import optimizer
 import record
 
 STRETCH_SECONDS = 1.0  # the device runs alone this long: host costs vanish, the bar moves and a signal is answered
 PROBE_ENTRIES = 1 << 24  # features (or logits) kept between evaluations, for their change: 64 MB at most
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 # What has no value before the first update: no second moment, no training loss, nothing to have changed since.
 UNDEFINED_AT_START = ('Buvar', 'uvar', 'u2_mean', 'umean2', 'train_loss', 'dh', 'df')
@@ -54,9 +60,10 @@ class Programs(NamedTuple):
     evaluate: Any  # (state, peak_lrs, test) -> State, {name: [S]}
     raw_sharding: Any   # of the raw data and of the test batches: examples are split over all devices
     test_sharding: Any
+    state_homes: Any
 
 
-def programs(run, task) -> Programs:
+def programs(run, task, devices=None) -> Programs:
     graphdef, _, _ = models.structure(run.arch, run.model)
     adam = optimizer.adam(run)
     probe_rows = max(1, min(run.opt.B // run.derived.microbatches, PROBE_ENTRIES // (run.model.L * max(run.model.D, run.model.V))))
@@ -112,7 +119,7 @@ def programs(run, task) -> Programs:
                    'h': rms(h), 'f': rms(f), 'dh': rms(h - state.probe[0]), 'df': rms(f - state.probe[1])}
         return state._replace(loss_sum=jnp.float32(0), loss_count=jnp.int32(0), probe=(h, f)), metrics
 
-    mesh = jax.sharding.Mesh(jax.devices(), ('data',))
+    mesh = jax.sharding.Mesh(devices or jax.devices(), ('data',))
     per_seed = [None] * task.per_seed  # axes in front of a batch's examples
 
     def over_devices(axes_before):
@@ -132,7 +139,8 @@ def programs(run, task) -> Programs:
         evaluate=jax.jit(fused(evaluate, state=0, peak_lrs=None, test=None), donate_argnums=0,
                          out_shardings=(state_homes, everywhere)),
         raw_sharding=over_devices([None, *per_seed]) if task.in_rows else everywhere,
-        test_sharding=over_devices([None]))
+        test_sharding=over_devices([None]),
+        state_homes=state_homes)
 
 
 def fused(function, **axes):
@@ -168,9 +176,10 @@ def matmul_rate(dtype='float32'):
 
 @contextmanager
 def interrupts():
-    """Yields a list that the signals SIGINT and SIGTERM are put into, for the loop to stop at its next meeting with the device."""
+    """Yields a list that the signals SIGINT, SIGTERM and SIGUSR2 (the warning of a Slurm job whose time is nearly up) are put into,
+    for the loop to stop at its next meeting with the device."""
     caught = []
-    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in STOPPING}
     try:
         yield caught
     finally:
@@ -185,28 +194,27 @@ class Interrupted(Exception):
 def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     """Trains every seed of a run that has not ended yet, from its newest checkpoint on, and returns the summaries of all.
 
-    A seed that diverged has ended too: trained again it would do the same, and it has no checkpoint that the others could share.
-
     on_steps is called with the steps just done and the numbers to show. Raises Interrupted after a signal, the state saved;
-    ValueError and OSError, before a folder is made, for data or a folder that cannot be used.
+    ValueError and OSError, before a folder is made, for data or a folder that cannot be used. With several processes all of them
+    call it, and all take the same way through it.
     """
-    begin = time.perf_counter()
-    jax.config.update('jax_default_matmul_precision', run.matmul_precision)
-    seeds, summaries = [], []
-    for seed in run.all_seeds:
-        summary = record.read_summary(record.folder_of(run, seed))
-        if record.is_finished(run, seed) or summary.get('state') == 'diverged':
-            summaries.append(summary)
-        else:
-            seeds.append(seed)
-    if not seeds:
-        return summaries
-    task = data.open_task(run, seeds)
-    record.log_in(run)
-    for seed in seeds:  # a folder that cannot be written is better found now than after compiling
-        record.make_folder(record.folder_of(run, seed))
+    ended = {seed: record.ended(run, seed) for seed in run.all_seeds}
+    summaries = [summary for summary in ended.values() if summary]
+    if seeds := [seed for seed, summary in ended.items() if not summary]:
+        jax.config.update('jax_default_matmul_precision', run.matmul_precision)
+        task = data.open_task(run, seeds, hosts.rows(run.opt.B))
+        mirror.log_in(run)
+        with record.locked([record.folder_of(run, seed) for seed in seeds]):
+            summaries += train_together(run, task, seeds, on_steps)
+    return summaries
+
+
+def train_together(run, task, seeds, on_steps):
+    """Trains these seeds of a run, fused, in folders that are theirs."""
+    begin = time.monotonic()
+    summaries = []
     program = programs(run, task)
-    test = jax.device_put(task.test, program.test_sharding)
+    test = hosts.place_whole(task.test, program.test_sharding)
     state, evaluated = newest_state(run, program, seeds, test)
     step = start = int(state.step[0])
     on_steps(step, {})
@@ -219,29 +227,32 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     s_padded = np.pad(s, (0, M), 'edge').astype(np.float32)
 
     clock = Counter()
-    place = functools.partial(jax.device_put, device=program.raw_sharding)
-    with interrupts() as caught, closing(data.read_ahead(task, step, place)) as blocks:
+    place = functools.partial(jax.make_array_from_process_local_data, program.raw_sharding)
+    with interrupts() as caught, closing(data.read_ahead(task, step, place)) as blocks, record.closed_on_failure({}) as records:
         first, raw = next(blocks)
         with timed(clock, 'compile_seconds'):
             run_stretch = program.train.lower(state, peak_lrs, raw, s_padded[:M], np.int32(0), np.int32(1)).compile()
             run_evaluation = program.evaluate.lower(state, peak_lrs, test).compile()
-        records = {i: record.Record(run, seed, start, evaluated) for i, seed in enumerate(seeds)}  # of the seeds still in training
+        for i, seed in enumerate(seeds):
+            records[i] = record.Record(run, seed, start, evaluated)  # of the seeds still in training
+
+        def so_far():
+            return {'steps': step, 'tokens': step * run.derived.tokens_per_step, **clock, 'wall_seconds': time.monotonic() - begin,
+                    'seeds_fused': len(seeds)}
 
         def close(i, outcome):
-            steps = (step - start) * len(seeds)
-            summaries.append(records.pop(i).close(outcome, steps=step, tokens=step * run.derived.tokens_per_step, **clock,
-                                                  wall_seconds=time.perf_counter() - begin, seeds_fused=len(seeds),
-                                                  **speed(run, steps, clock['train_seconds'])))
+            of_session = speed(run, (step - start) * len(seeds), clock['train_seconds'])
+            summaries.append(records.pop(i).close(outcome, **so_far(), **of_session))
 
         def save():
             for i, one in records.items():
-                one.save(jax.tree.map(lambda a, i=i: a[i], state))
+                one.save(step, jax.tree.map(lambda a, i=i: a[i], state), **so_far())
 
-        budget, saved = 1, time.monotonic()
+        stop, budget, saved = 0, 1, time.monotonic()
         for point in evaluation_points(run.num_evals, run.derived.steps):
             if point <= evaluated:
                 continue
-            while step < point and records and not caught:
+            while step < point and records and not stop:
                 if step == first + M:
                     first, raw = next(blocks)
                 count = min(point, first + M, step + budget) - step
@@ -254,10 +265,12 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
                 for i in [i for i in records if not np.isfinite(train_loss[i])]:
                     close(i, 'diverged')
                 on_steps(count, {'train_loss': np.mean(train_loss[list(records)])} if records else {})
-                if time.monotonic() - saved > 60 * run.checkpoint_minutes:
+                due = time.monotonic() - saved > 60 * run.checkpoint_minutes
+                stop, budget, due = hosts.agree(caught[0] if caught else 0, budget, due)
+                if due:
                     save()
                     saved = time.monotonic()
-            if caught or not records:
+            if stop or not records:
                 break
 
             with timed(clock, 'eval_seconds'):
@@ -274,12 +287,14 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
                                 'lr': lrs[step], **{k: float(v[i]) for k, v in metrics.items()}})
             on_steps(0, {'test_loss': np.mean(metrics['test_loss'][list(records)])} if records else {})
 
-        if caught and step:
+        if stop and step:
             save()
         for i in list(records):
-            close(i, 'interrupted' if caught else 'finished')
-    if caught:
-        raise Interrupted(caught[0])
+            close(i, 'interrupted' if stop else 'finished')
+    if stop:
+        if stop == signal.SIGUSR2 and callable(signal.getsignal(stop)):  # submitit's handler, which puts the job into its queue again
+            signal.raise_signal(stop)
+        raise Interrupted(stop)
     return summaries
 
 
@@ -290,16 +305,22 @@ def peak_rates(run):
 
 
 def newest_state(run, program, seeds, test):
-    """The state to go on from, [S, …], and the last step already evaluated: those of the newest checkpoint that all the seeds
-    have, or else the initial state and -1."""
+    """The state to go on from, [S, …], and the last step already evaluated: those of the newest good checkpoint that all the seeds
+    have, with the rows that lead up to it, or else the initial state and -1."""
     state = program.init(jnp.stack([jax.random.key(seed) for seed in seeds]), test)
     folders = [record.folder_of(run, seed) for seed in seeds]
-    step = record.newest_checkpoint(folders)
-    if step is None:
-        return state, -1
     one_seed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
-    state = jax.device_put(record.restore(folders, step, one_seed), jax.tree.map(lambda a: a.sharding, state))
-    return state, step if state.loss_count[0] == 0 else step - 1  # saved after the evaluation at its step, or before
+    for step in checkpoint.steps(folders):
+        saved = checkpoint.restore(folders, step, one_seed)
+        if saved is None:
+            continue
+        evaluated = step if saved.loss_count[0] == 0 else step - 1  # saved after the evaluation at its step, or before
+        points = [point for point in evaluation_points(run.num_evals, run.derived.steps) if point <= evaluated]
+        if all([row['step'] for row in record.read_history(folder)][:len(points)] == points for folder in folders):
+            homes = jax.tree.map(lambda a: a.sharding, state)
+            return jax.tree.map(hosts.place_whole, saved, homes), evaluated
+        checkpoint.warn(f'{folders[0].parent}: lines of history.jsonl are lost; going on from the checkpoint before')
+    return state, -1
 
 
 @contextmanager
@@ -350,12 +371,22 @@ def main(cfg):
 def run_config(cfg):
     """Checks and trains one composed configuration, with a bar, and prints what became of each seed."""
     enable_compilation_cache()
-    run = config.resolve(cfg, data.vocab_size(cfg.ds_path), jax.device_count())
+    vocab_size = data.vocab_size(cfg.ds_path, data_needed=not cfg.dry_run)
+    run = config.resolve(cfg, vocab_size)
+    if run.dry_run:
+        jax.config.update('jax_num_cpu_devices', 8)
+    else:
+        hosts.join(run, alone=bool(mirror.agents_run()))
+        run = config.resolve(cfg, vocab_size, jax.device_count())
     d = run.derived
     print(f'p = {d.num_params:,} parameters, {d.steps:,} steps, {d.steps * d.tokens_per_step:,} tokens, '
           f'C = {d.compute:.4g} FLOPs, seeds {run.all_seeds}')
+    if run.dry_run:
+        print(dry_run.report(run, programs, peak_rates))
+        return
     shown = {}
-    with tqdm(total=d.steps, unit='step', desc=config.run_name(run, run.all_seeds[0]), smoothing=0.05) as bar:
+    with tqdm(total=d.steps, unit='step', desc=config.run_name(run, run.all_seeds[0]), smoothing=0.05,
+              disable=not hosts.first()) as bar:
         def on_steps(steps, numbers):
             shown.update(numbers)
             bar.set_postfix({k: f'{v:.4f}' for k, v in shown.items()}, refresh=False)
@@ -365,7 +396,7 @@ def run_config(cfg):
     for summary in summaries:
         print(f"seed {summary['seed']}: {summary['state']}, test_loss {summary.get('test_loss', float('nan')):.5f}, "
               f"{summary['wall_seconds']:.0f} s at {summary.get('matmul_share', 0):.0%} of the matmul rate, in {summary['folder']}")
-    if any(summary['state'] == 'diverged' for summary in summaries):
+    if any(summary['state'] == 'diverged' for summary in summaries) and not mirror.agents_run():  # W&B's agent gives up on errors
         sys.exit(1)
 
 
@@ -374,6 +405,7 @@ def command_line():
     if not any(a.startswith(('-cn', '--config-name', '-h', '--help', '--hydra-help')) for a in sys.argv[1:]):
         names = ', '.join(sorted(path.stem for path in (Path(__file__).parent / 'configs').glob('*.yaml')))
         sys.exit(f'error: no config named; choose one of {names}, e.g. python train.py -cn mlp model.D=64')
+    sys.argv[1:] = map(config.as_override, sys.argv[1:])
     with one_line_errors():
         main()
 

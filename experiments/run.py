@@ -96,8 +96,8 @@ def expand(name, axes, data_needed=True):
             OmegaConf.update(cfg, key, value)
         swept = {key: value for key, value in zip(axes, values, strict=True) if len(axes[key]) > 1}
         try:
-            run = config.resolve(cfg, vocab_size(cfg.ds_path, data_needed), jax.device_count())
-            todo = [seed for seed in run.all_seeds if not record.is_finished(run, seed)]
+            run = config.resolve(cfg, data.vocab_size(cfg.ds_path, data_needed), jax.device_count())
+            todo = [seed for seed in run.all_seeds if (record.ended(run, seed) or {}).get('state') != 'finished']
         except ValueError as error:
             where = ' '.join(f'{key}={value}' for key, value in swept.items()) or name
             raise config.ConfigError(f'{where}: {error}') from error
@@ -107,15 +107,6 @@ def expand(name, axes, data_needed=True):
                 raise config.ConfigError(f'two points of the grid write the folder {folder}; give each value once, and no run_dir')
             folders.add(folder)
     return sorted(points, key=lambda point: point.run.derived.compute * len(point.run.all_seeds))
-
-
-def vocab_size(ds_path, data_needed):
-    try:
-        return data.vocab_size(ds_path)
-    except FileNotFoundError:
-        if data_needed:
-            raise
-        return None
 
 
 def train_points(points):

@@ -3,6 +3,7 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import yaml
 
@@ -28,7 +29,7 @@ def test_rows_are_on_disk_as_they_happen_and_missing_is_absent(run_in, tmp_path)
     one.log({'step': 0, 'test_loss': 0.5, 'Buvar': math.nan})
     one.log({'step': 1, 'test_loss': 0.25, 'Buvar': math.inf, 'lr': 1e-9})
     assert rows(tmp_path / 'run') == [{'step': 0, 'test_loss': 0.5}, {'step': 1, 'test_loss': 0.25, 'lr': 1e-9}]  # before close
-    assert not (tmp_path / 'run' / 'summary.json').exists()
+    assert record.read_summary(tmp_path / 'run')['state'] == 'running'
     one.close('finished', steps=1)
     assert not list((tmp_path / 'run').glob('*.part'))
 
@@ -51,23 +52,27 @@ def test_summary_says_how_it_ended(run_in, tmp_path, state):
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary == returned == record.read_summary(tmp_path / 'run')
     assert (summary['state'], summary['seed'], summary['steps'], summary['wall_seconds']) == (state, 0, 3, 1.5)
-    assert record.is_finished(run, 0) == (state == 'finished')
+    assert record.ended(run, 0) == (None if state == 'interrupted' else summary)
 
 
-def test_a_run_begun_again_has_no_old_summary(run_in, tmp_path):
-    record.Record(run_in(), 0).close('interrupted')
-    record.Record(run_in(), 0)
-    assert record.read_summary(tmp_path / 'run') == {} and not record.is_finished(run_in(), 0)
+def test_seconds_are_summed_over_sessions(run_in, tmp_path):
+    record.Record(run_in(), 0).close('interrupted', wall_seconds=3.0, steps=4)
+    killed = record.Record(run_in(), 0)
+    assert record.read_summary(tmp_path / 'run')['state'] == 'running' and record.ended(run_in(), 0) is None
+    killed.save(7, {'loss': np.float32(0.5)}, wall_seconds=2.0, steps=7)
+    killed.checkpoints.close()
+    summary = record.Record(run_in(), 0).close('finished', wall_seconds=1.0, steps=9)
+    assert (summary['wall_seconds'], summary['steps'], summary['state']) == (6.0, 9, 'finished')
 
 
 def test_another_configuration_in_the_folder_is_refused_by_its_keys(run_in):
     run = run_in()
-    assert not record.is_finished(run, 0)
+    assert record.ended(run, 0) is None
     record.Record(run, 0).close('finished')
-    assert record.is_finished(run, 0)
-    assert record.is_finished(run_in('wandb_tag=elsewhere', 'wandb_project=p'), 0)  # where it is recorded is not what it computes
+    assert record.ended(run, 0)
+    assert record.ended(run_in('wandb_tag=elsewhere', 'wandb_project=p'), 0)  # where it is recorded is not what it computes
     with pytest.raises(record.RunFolderError, match=r'opt\.b1=0\.9 there, 0\.8 asked.*set run_dir') as refused:
-        record.is_finished(run_in('opt.b1=0.8'), 0)
+        record.ended(run_in('opt.b1=0.8'), 0)
     assert '\n' not in str(refused.value) and 'model.D' not in str(refused.value)
 
 
@@ -94,7 +99,8 @@ class FakeWandb:
     def define_metric(self, *args, **kwargs):
         self.metrics.append((args, kwargs))
 
-    def log(self, row):
+    def log(self, row, step):
+        assert step == len(self.rows)
         self.rows.append(row)
 
     def finish(self, exit_code):
@@ -119,9 +125,9 @@ def test_wandb_mirrors_the_record(run_in, tmp_path, monkeypatch, state, exit_cod
     want = {'opt.B': 64, 'B': 64, 'model.D': 16, 'D': 16, 'model.N': 1, 'N': 1, 'L': 1, 'V': 8, 'lr': 0.003, 'opt.lr': 0.003,
             'schedule': 'linear', 'decay_frac': 1, 'num_params': 8 * 16 + 2 * 16**2 + 16, 'seed': 5, 'T': 640, 'wandb_tag': 't'}
     assert {k: logged.get(k) for k in want} == want
-    flat = config.flatten(record.settings(run, 5))
+    flat = config.flatten(config.settings(run, 5))
     for short in set(logged) - set(flat):  # a short name stands for one key alone
-        assert [k for k in flat if k.split('.')[-1] == short] == [record.SHORT_NAMES[short]]
+        assert [k for k in flat if k.split('.')[-1] == short] == [config.SHORT_NAMES[short]]
 
 
 def test_wandb_offline_needs_no_account_and_writes_into_the_run(run_in, tmp_path, monkeypatch):

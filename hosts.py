@@ -1,0 +1,53 @@
+"""Several processes that train one run together, through jax.distributed: joining them, and agreeing on what their loops do next.
+
+Each has the devices of its own machine, reads its rows of every batch, and computes on the mesh of all; only the first writes
+records. What they compute is train.py's.
+"""
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def join(run, alone=False):
+    """Joins the processes that run.num_processes, process_id and coordinator name; where they are null, those of a TPU pod, a Slurm
+    step of several tasks or another cluster that JAX knows. alone: only if they are named. To be called before JAX is used.
+
+    Raises ValueError.
+    """
+    if run.num_processes is None and (alone or os.environ.get('SLURM_NTASKS') == '1'):
+        return
+    if run.num_processes == 1:
+        return
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    try:
+        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
+    except ValueError as error:  # no cluster that JAX knows
+        if run.num_processes is not None:
+            raise ValueError(f'num_processes={run.num_processes}: {error} Set coordinator=HOST:PORT and process_id=0 … '
+                             f'{run.num_processes - 1}, or num_processes=1') from error
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def rows(B) -> slice:
+    """The rows of a batch of B that this process reads."""
+    share = B // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def agree(stop, *numbers):
+    """(the largest of the processes' stop, the first process's numbers), integers: the same in all of them."""
+    if jax.process_count() == 1:
+        return stop, *numbers
+    everyones = multihost_utils.process_allgather(np.array([stop, *numbers], np.int32))  # [processes, n]
+    return int(everyones[:, 0].max()), *map(int, everyones[0, 1:])
+
+
+def place_whole(tree, sharding):
+    """Arrays that every process has whole, on the devices of all."""
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, np.asarray(a).__getitem__), tree)
