@@ -10,23 +10,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def join(run, alone=False):
-    """Joins the processes that run.num_processes, process_id and coordinator name; where they are null, those of a TPU pod, a Slurm
-    step of several tasks or another cluster that JAX knows. alone: only if they are named. To be called before JAX is used.
-
-    Raises ValueError.
+def join(num_processes=None, process_id=None, coordinator=None, alone=False):
+    """Joins the processes that are named; with None, those of a TPU pod, a Slurm step of several tasks or another cluster that JAX
+    knows. alone: only if they are named. To be called before JAX is used. Raises ValueError.
     """
-    if run.num_processes is None and (alone or os.environ.get('SLURM_NTASKS') == '1'):
-        return
-    if run.num_processes == 1:
+    if num_processes == 1 or num_processes is None and (alone or os.environ.get('SLURM_NTASKS') == '1'):
         return
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     try:
-        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id)
     except ValueError as error:  # no cluster that JAX knows
-        if run.num_processes is not None:
-            raise ValueError(f'num_processes={run.num_processes}: {error} Set coordinator=HOST:PORT and process_id=0 … '
-                             f'{run.num_processes - 1}, or num_processes=1') from error
+        if num_processes is not None:
+            raise ValueError(f'num_processes={num_processes}: {error} Set coordinator=HOST:PORT and process_id=0 … '
+                             f'{num_processes - 1}, or num_processes=1') from error
 
 
 def first() -> bool:

@@ -4,6 +4,7 @@ The record on disk, which it copies, is record.py's; reading W&B back is save_lo
 """
 import functools
 import os
+import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,18 +39,18 @@ class Mirror:
         wanted = dict(project=project, name=name, tags=[run.wandb_tag], dir=folder, reinit='create_new',
                       config={**values, **{short: values[key] for short, key in config.SHORT_NAMES.items()}})
 
-        def begin(mode):
-            options = {'run_id': wandb_id} | self.sweep
+        def begin(mode, run_id):
             return wandb.init(mode=mode, resume='allow' if mode == 'online' else None, **wanted, settings=wandb.Settings(
-                silent=True, console='off', x_disable_stats=True, init_timeout=PATIENCE, finish_timeout=PATIENCE,
-                finish_timeout_raises=True, **options))
+                run_id=run_id, sweep_id=self.sweep.get('sweep_id'), init_timeout=PATIENCE, finish_timeout=PATIENCE,
+                finish_timeout_raises=True, silent=True, console='off', x_disable_stats=True))
 
+        run_id = self.sweep.get('run_id', wandb_id)
         try:
-            opened = begin(run.wandb_mode)
+            opened = begin(run.wandb_mode, run_id)
         except wandb.Error as error:
-            warn(f'W&B does not answer ({" ".join(str(error).split())[:120]}); what it misses is kept for  wandb sync '
+            warn(f'W&B does not answer ({_brief(error)}); to upload the run later:  wandb sync --id {run_id} '
                  f'{folder}/wandb/offline-run-*')
-            opened = begin('offline')
+            opened = begin('offline', secrets.token_hex(4))  # W&B's client takes an id once in a process
         opened.define_metric('*', step_metric='step')
         if self.sweep:
             opened.mark_preempting()  # a sweep's run that ends without a word, or not with 0, is given out again
@@ -69,20 +70,24 @@ class Mirror:
         try:
             self.thread.submit(end).result()
         except Exception as error:  # whatever befell W&B, the record on disk is whole, and the training has ended as it has
-            warn(f'W&B did not take all of it ({" ".join(str(error).split())[:120]}); to upload the rest:  wandb sync '
-                 f'{summary["folder"]}/wandb/*run-*')
+            warn(f'W&B did not take all of it ({_brief(error)}); to upload the rest:  wandb sync {summary["folder"]}/wandb/run-*')
         self.thread.shutdown()
 
 
+def _brief(error):
+    return ' '.join(str(error).split())[:120]
+
+
 def log_in(run):
-    """Makes sure that W&B has a key where a run is to be mirrored online. Raises ConfigError."""
+    """Makes sure that there is a W&B key, without asking the server, where a run is to be mirrored online. Raises ConfigError."""
     if run.wandb_mode != 'online' or not hosts.first():
         return
     agents_run()  # before W&B reads the environment
     import wandb
 
+    wandb.setup(wandb.Settings(silent=True))
     try:
-        wandb.login()
+        wandb.login(verify=False)
     except wandb.Error as error:
         raise config.ConfigError(f'wandb_mode=online: {str(error).rstrip(".")}; or set wandb_mode=offline') from error
 

@@ -292,7 +292,7 @@ def train_together(run, task, seeds, on_steps):
         for i in list(records):
             close(i, 'interrupted' if stop else 'finished')
     if stop:
-        if stop == signal.SIGUSR2 and callable(signal.getsignal(stop)):  # submitit's handler, which puts the job into its queue again
+        if stop == signal.SIGUSR2 and callable(signal.getsignal(stop)):  # submitit's handler, which queues the job again
             signal.raise_signal(stop)
         raise Interrupted(stop)
     return summaries
@@ -376,7 +376,7 @@ def run_config(cfg):
     if run.dry_run:
         jax.config.update('jax_num_cpu_devices', 8)
     else:
-        hosts.join(run, alone=bool(mirror.agents_run()))
+        hosts.join(run.num_processes, run.process_id, run.coordinator, alone=bool(mirror.agents_run()))
         run = config.resolve(cfg, vocab_size, jax.device_count())
     d = run.derived
     print(f'p = {d.num_params:,} parameters, {d.steps:,} steps, {d.steps * d.tokens_per_step:,} tokens, '

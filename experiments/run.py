@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import config
 import data
+import hosts
 import record
 import train
 
@@ -117,7 +118,7 @@ def train_points(points):
     failed = set()
     points = [point for point in points if point.todo]
     total = sum(point.run.derived.compute * len(point.todo) for point in points)
-    with tqdm(total=total, unit='FLOP', unit_scale=True, smoothing=0.05, disable=not points) as bar:
+    with tqdm(total=total, unit='FLOP', unit_scale=True, smoothing=0.05, disable=not (points and hosts.first())) as bar:
         for point in points:
             run, compute = point.run, point.run.derived.compute * len(point.todo)
             end, of_step = bar.n + compute, compute / run.derived.steps
@@ -175,6 +176,7 @@ def main(argv=None):
     parser.add_argument('--dry-run', action='store_true', help='print the table of runs and train none')
     arguments = parser.parse_intermixed_args(argv)
     with train.one_line_errors():
+        hosts.join(alone=arguments.dry_run)
         name, axes = read_sweep(arguments.sweep)
         points = expand(name, axes | dict(map(read_override, arguments.overrides)), data_needed=not arguments.dry_run)
         if arguments.dry_run:
@@ -182,7 +184,8 @@ def main(argv=None):
             return
         train.enable_compilation_cache()
         failed, stop = train_points(points)
-        print(table(points, failed))
+        if hosts.first():
+            print(table(points, failed))
         if stop:
             raise stop
         if failed or any(results(point.run)['state'] != 'finished' for point in points):

@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
+
 SWEEP = """
 program: {program}
 method: grid
@@ -111,27 +114,29 @@ def run_sweep(folder, widths, seeds, steps, outage, number=signal.SIGKILL):
         made = subprocess.run([sys.executable, '-m', 'wandb', 'sweep', 'sweep.yaml'], **started)
         assert made.returncode == 0, made.stderr
         (sweep,) = server.sweeps.values()
-        machines = [Machine(folder, env, sweep.path, i) for i in range(2)]
-        restarts = 0
+        machines, restarts = [Machine(folder, env, sweep.path, 0)], 0
         try:
-            # One machine goes, in the middle of a run that has saved a state.
-            def victim():
-                for run in list(sweep.agents[0].runs if sweep.agents else ()):
-                    saved = list(folder.glob(f'runs/tiny/{run.name}/checkpoints/[0-9]*'))
-                    if run.state == 'running' and saved and run.history:
+            until(lambda: sweep.agents, 60, 'the first agent')
+            machines.append(Machine(folder, env, sweep.path, 1))
+
+            def victim():  # the first machine goes in the middle of a run that has saved a state
+                for run in sweep.agents[0].runs:
+                    saved = checkpoint.steps([folder / 'runs/tiny' / run.name])
+                    if run.state == 'running' and run.history and saved and saved[0] < 0.8 * steps:
                         return run
+
             run = until(victim, 120, 'a run with a checkpoint')
-            agent = next(m for m in machines if f'{run.id}' in m.out.read_text())
-            agent.kill(number)
             killed_at, rows_before = time.time(), len(run.history)
+            machines[0].kill(number)
             if number == signal.SIGKILL:
                 server.machine_died(run)
-            machines[machines.index(agent)] = Machine(folder, env, sweep.path, 0)
+            machines[0] = Machine(folder, env, sweep.path, 0)
             finished = len([r for r in sweep.runs if r.state == 'finished'])
             until(lambda: len([r for r in sweep.runs if r.state == 'finished']) > finished, 120, 'another run to finish')
             if outage:
                 server.outage(outage, 'refuse')
                 time.sleep(outage)
+
             def over():
                 nonlocal restarts
                 if all(r.state == 'finished' for r in sweep.runs) and not sweep.waiting:
@@ -139,6 +144,7 @@ def run_sweep(folder, widths, seeds, steps, outage, number=signal.SIGKILL):
                 for i, machine in enumerate(machines):
                     if machine.process.poll() is not None:  # an agent whose server is gone for long gives up
                         machines[i], restarts = Machine(folder, env, sweep.path, i), restarts + 1
+
             until(over, 300, 'the end of the sweep')
         finally:
             for machine in machines:

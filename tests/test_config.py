@@ -90,6 +90,16 @@ def test_none_as_text_is_null(resolve):
     assert resolve('mlp', 'token_per_param=None', 'model.match_mup_at_D=None') == resolve('mlp')
 
 
+def test_what_wandb_gives_back_is_the_same_run(resolve):
+    """A sweep's run that was preempted is started again with all that it had logged: str() of each, dotted and short."""
+    run = resolve('mlp', 'model.D=32', 'T=1e7', 'seeds=[0, 3]', 'checkpoint_minutes=0.5')
+    logged = config.flatten(config.settings(run, 0)) | {'seeds': run.seeds}
+    logged |= {short: logged[key] for short, key in config.SHORT_NAMES.items()}
+    words = [f'{key}={value}' for key, value in logged.items()]
+    assert {'seeds=[0, 3]', 'run_dir=None', 'D=32', 'opt.mup=True', f'derived.name={config.run_name(run, 0)}'} < set(words)
+    assert resolve('mlp', *map(config.as_override, words)) == run
+
+
 # Names
 
 def test_names_tell_configurations_apart(resolve):
@@ -111,6 +121,8 @@ BAD = [  # arguments, what the line must name
     (('mlp', 'model.Dee=3'), 'model.Dee'),
     (('mlp', 'typo=3'), 'typo'),
     (('mlp', '+opt.name=adam'), 'opt.name'),
+    (('mlp', 'D=32'), 'set model.D'),
+    (('mlp', 'derived.steps=3'), 'derived.steps=3'),
     (('nothing',), 'nothing'),
     (('mlp', 'model.D'), 'model.D'),
     (('mlp', 'model.D=wide'), 'model.D'),

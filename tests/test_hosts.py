@@ -1,0 +1,121 @@
+"""One device, several, or several processes: the same losses. Sharded, a state takes its share of each device."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hosts
+import train
+
+ROOT = Path(train.__file__).parent
+# 40 steps on tokens.
+WORK = ['-cn', 'chess', 'model.D=32', 'model.base_D=32', 'model.dh=16', 'model.N=1', 'model.L=16', 'opt.B=16', 'opt.lr=0.01',
+        'opt.warmup_tokens=0', 'T=10240', 'T_eval=512', 'num_evals=6', 'wandb_mode=disabled']
+
+
+@pytest.fixture(scope='module')
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tokens')
+    for split, size in (('train', 5000), ('test', 1024)):
+        np.random.default_rng(0).integers(0, 54, size, np.uint8).tofile(folder / f'{split}.bin')
+    return folder
+
+
+def losses(folder):
+    return [json.loads(line)['test_loss'] for line in (folder / 'history.jsonl').read_text().splitlines()]
+
+
+def python(program, *arguments):
+    return subprocess.run([sys.executable, '-c', textwrap.dedent(program), *map(str, arguments)], cwd=ROOT, check=True, text=True,
+                          stdout=subprocess.PIPE).stdout
+
+
+@pytest.fixture(scope='module')
+def on_devices(tokens, tmp_path_factory):
+    """{name: losses} of one run on 1, 2, 4 and 8 virtual devices, and sharded over 8, in a process of their own; and what XLA says
+    of the memory of a larger one."""
+    folder = tmp_path_factory.mktemp('devices')
+    python('''
+        import json, sys
+        import hydra, jax
+        import config, dry_run, train
+
+        jax.config.update('jax_num_cpu_devices', 8)
+        train.enable_compilation_cache()
+        configs, out, tokens, *words = sys.argv[1:]
+        devices = jax.devices()
+
+        def resolve(*more):
+            with hydra.initialize_config_dir(configs, version_base=None):
+                return config.resolve(hydra.compose('chess', [*words, f'ds_path={tokens}', *more]))
+
+        for name, n, more in (('1', 1, []), ('2', 2, []), ('4', 4, []), ('8', 8, []), ('sharded', 8, ['model.fsdp_enabled=true'])):
+            jax.devices = lambda n=n: devices[:n]
+            train.train(resolve(f'run_dir={out}/{name}', *more))
+        jax.devices = lambda: devices
+        memory = {}
+        for name, n, sharded in (('whole', 1, False), ('sharded', 8, True)):
+            run = resolve('model.D=256', 'model.base_D=256', 'model.dh=64', f'model.fsdp_enabled={sharded}')
+            memory[name] = dry_run.measure(run, dry_run.stand_in(run), train.programs, train.peak_rates, devices[:n])
+        json.dump(memory, open(f'{out}/memory.json', 'w'))
+        ''', ROOT / 'configs', folder, tokens, *WORK[2:])
+    found = {path.name: losses(path) for path in folder.iterdir() if path.is_dir()}
+    return found, json.loads((folder / 'memory.json').read_text())
+
+
+# float32 sums over a batch in another order: some 1e-7 a step, over 40 steps
+CLOSE = 2e-5
+
+
+@pytest.mark.parametrize('name', ['2', '4', '8', 'sharded'])
+def test_devices_compute_what_one_does(on_devices, name):
+    found, _ = on_devices
+    assert found[name] == pytest.approx(found['1'], rel=CLOSE)
+    assert found['1'][-1] < 0.99 * found['1'][0]  # it learns: random tokens by how common they are, and by heart
+
+
+def test_sharding_over_eight_leaves_a_sixth_at_most_on_each(on_devices):
+    """Of parameters and moments, from XLA's report: all that a training step is given, data and probe included."""
+    _, memory = on_devices
+    whole = memory['whole']['parameters'] + memory['whole']['moments']
+    assert whole == pytest.approx(3 * 4 * (2 * 64 * 256 + 16 * 256 + 6 * 256**2), rel=1e-4)  # p floats, and two moments each
+    assert memory['sharded']['arguments'] <= whole / 6
+    assert memory['whole']['arguments'] > whole  # the control
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def start(count, *overrides):
+    """So many processes that train one run together, each with one device."""
+    port = free_port()
+    return [subprocess.Popen([sys.executable, ROOT / 'train.py', *WORK, *map(str, overrides), f'num_processes={count}',
+                              f'process_id={i}', f'coordinator=127.0.0.1:{port}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}) for i in range(count)]
+
+
+def test_two_processes_compute_what_one_does(on_devices, tokens, tmp_path):
+    """Sharded, shuffled or not; a signal to the second alone stops both with a checkpoint, from which they go on."""
+    processes = start(2, f'ds_path={tokens}', f'run_dir={tmp_path}/run', 'model.fsdp_enabled=true')
+    ended = [p.communicate(timeout=120) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], ended
+    assert losses(tmp_path / 'run') == pytest.approx(on_devices[0]['1'], rel=CLOSE)
+    assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_a_process_reads_its_rows(monkeypatch):
+    monkeypatch.setattr(hosts.jax, 'process_count', lambda: 4)
+    rows = []
+    for i in range(4):
+        monkeypatch.setattr(hosts.jax, 'process_index', lambda i=i: i)
+        rows += range(16)[hosts.rows(16)]
+    assert rows == list(range(16))
