@@ -56,12 +56,13 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)  # its space may be what the disk lacks
         warn(f'no checkpoint could be saved in {self.folder} ({_brief(error)}); training goes on, the older ones are kept')
 
-    def close(self, keep=True):
+    def close(self):
         self.wait()
         if self.manager is not None:
             self.manager.close()
-        if not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def steps(folders) -> list[int]:

@@ -22,13 +22,13 @@ class Mirror:
     the end, PATIENCE seconds. Rows are numbered: a run that goes on gives W&B the whole curve again, which takes what it lacks.
     """
 
-    def __init__(self, run, seed, record):
-        self.thread = ThreadPoolExecutor(1)
-        shutil.rmtree(record.folder / 'wandb', ignore_errors=True)  # of sessions whose rows this one repeats
+    def __init__(self, run, seed, summary, rows):
+        self.thread, self.fell_back, folder = ThreadPoolExecutor(1), False, summary['folder']
+        shutil.rmtree(f'{folder}/wandb', ignore_errors=True)  # of sessions whose rows this one repeats
         self.sweep = agents_run() if seed == run.all_seeds[0] else {}
         values = config.flatten(config.settings(run, seed))
-        self.run = self.thread.submit(self._open, run, record.name, record.folder, record.wandb_id, values)
-        for index, row in enumerate(record.rows):
+        self.run = self.thread.submit(self._open, run, summary['name'], folder, summary['wandb_id'], values)
+        for index, row in enumerate(rows):
             self.log(index, row)
 
     def _open(self, run, name, folder, wandb_id, values):
@@ -48,8 +48,9 @@ class Mirror:
         try:
             opened = begin(run.wandb_mode, run_id)
         except wandb.Error as error:
-            warn(f'W&B does not answer ({_brief(error)}); to upload the run later:  wandb sync --id {run_id} '
+            warn(f'W&B does not answer ({_brief(error)}); to upload the run later, the same command, or  wandb sync --id {run_id} '
                  f'{folder}/wandb/offline-run-*')
+            self.fell_back = True
             opened = begin('offline', secrets.token_hex(4))  # W&B's client takes an id once in a process
         opened.define_metric('*', step_metric='step')
         if self.sweep:
@@ -60,7 +61,10 @@ class Mirror:
         self.thread.submit(lambda: self.run.result().log(row, step=index))
 
     def finish(self, summary):
-        """In a sweep only an interrupted run ends with an error for W&B: any other would end the same way again, and again."""
+        """Ends it; returns whether W&B has all of it.
+
+        In a sweep only an interrupted run ends with an error for W&B: any other would end the same way again, and again.
+        """
         again = summary['state'] == 'interrupted' if self.sweep else summary['state'] != 'finished'
 
         def end():
@@ -70,8 +74,12 @@ class Mirror:
         try:
             self.thread.submit(end).result()
         except Exception as error:  # whatever befell W&B, the record on disk is whole, and the training has ended as it has
-            warn(f'W&B did not take all of it ({_brief(error)}); to upload the rest:  wandb sync {summary["folder"]}/wandb/run-*')
-        self.thread.shutdown()
+            warn(f'W&B did not take all of it ({_brief(error)}); the same command gives it the rest, or  wandb sync '
+                 f'{summary["folder"]}/wandb/run-*')
+            return False
+        finally:
+            self.thread.shutdown()
+        return not self.fell_back
 
 
 def _brief(error):

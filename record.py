@@ -61,7 +61,7 @@ class Record:
         self.rows, self.history = rows, None
         self._write_rows()
         mirrored = run.wandb_mode != 'disabled' and hosts.first()
-        self.mirror = mirror.Mirror(run, seed, self) if mirrored else None
+        self.mirror = mirror.Mirror(run, seed, self.summarise('running'), rows) if mirrored else None
 
     def log(self, row):
         """Appends one evaluation, {name: number}; a value that is not finite is missing, and what is missing is left out."""
@@ -104,15 +104,30 @@ class Record:
     def close(self, state, **numbers):
         """Ends the record in `state` ('finished', 'diverged', 'interrupted' or 'failed') with the run's last numbers and its last
         losses, and returns the summary. The checkpoints of a run that has finished or diverged are removed."""
-        self.checkpoints.close(keep=state not in ENDED)
+        self.checkpoints.close()
         if not self.history:
             self._write_rows()
         self.history.close()
         last = {k: v for row in self.rows[-1:] for k, v in row.items() if k in ('test_loss', 'train_loss')}
         summary = self.summarise(state, **last, **numbers)
-        if self.mirror:
-            self.mirror.finish(summary)
+        if state in ENDED:  # and says so
+            self.checkpoints.remove()
+        return finish_mirror(self.mirror, summary) if self.mirror else summary
+
+
+def finish_mirror(copy, summary):
+    """Ends a run's copy in W&B and notes in the summary, which it returns, whether W&B has all of it."""
+    summary['wandb'] = 'complete' if copy.finish(summary) else 'incomplete'
+    write_whole(Path(summary['folder']) / 'summary.json', json.dumps(summary, indent=2) + '\n')
+    return summary
+
+
+def mirror_again(run, summary):
+    """Gives W&B a run that has ended, which it lost the end of, or which it hands out again. Returns the summary."""
+    if not hosts.first() or run.wandb_mode != 'online' or summary.get('wandb') == 'complete' and not mirror.agents_run():
         return summary
+    mirror.log_in(run)
+    return finish_mirror(mirror.Mirror(run, summary['seed'], summary, read_history(summary['folder'])), summary)
 
 
 @contextmanager

@@ -199,7 +199,7 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     call it, and all take the same way through it.
     """
     ended = {seed: record.ended(run, seed) for seed in run.all_seeds}
-    summaries = [summary for summary in ended.values() if summary]
+    summaries = [record.mirror_again(run, summary) for summary in ended.values() if summary]
     if seeds := [seed for seed, summary in ended.items() if not summary]:
         jax.config.update('jax_default_matmul_precision', run.matmul_precision)
         task = data.open_task(run, seeds, hosts.rows(run.opt.B))

@@ -118,7 +118,7 @@ def test_wandb_mirrors_the_record(run_in, tmp_path, monkeypatch, state, exit_cod
     assert (fake.settings['project'], fake.settings['tags'], fake.settings['mode']) == ('p', ['t'], 'online')
     assert fake.settings['name'] == config.run_name(run, 5)
     assert fake.rows == rows(tmp_path / 'run' / 'seed5') and fake.ended == exit_code
-    assert fake.summary == summary and fake.metrics == [(('*',), {'step_metric': 'step'})]
+    assert {**fake.summary, 'wandb': 'complete'} == summary and fake.metrics == [(('*',), {'step_metric': 'step'})]
 
     logged = fake.settings['config']
     assert not any(isinstance(v, dict) for v in logged.values())

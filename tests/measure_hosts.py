@@ -1,0 +1,61 @@
+"""One run on 1, 2 and 4 processes of this machine, over loopback: do the losses agree, and does it go on after a signal to one?
+
+    python tests/measure_hosts.py DIR            # some two minutes
+"""
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from test_hosts import losses, start  # noqa: E402
+
+import checkpoint  # noqa: E402
+import record  # noqa: E402
+
+
+def run(count, *overrides, stop=None):
+    """Exit codes; `stop` is a process that gets a SIGTERM once a state is saved."""
+    processes = start(count, *overrides)
+    if stop is not None:
+        folder = Path(next(word.split('=')[1] for word in map(str, overrides) if word.startswith('run_dir=')))
+        while not checkpoint.steps([folder]) and all(p.poll() is None for p in processes):
+            pass
+        processes[stop].send_signal(signal.SIGTERM)
+    ended = [p.communicate(timeout=170) for p in processes]
+    codes = [p.returncode for p in processes]
+    if set(codes) not in ({0}, {128 + signal.SIGTERM}):
+        sys.exit(f'{codes}\n' + '\n'.join(errors[-2000:] for _, errors in ended))
+    return codes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('dir', type=Path)
+    folder = parser.parse_args().dir.absolute()
+    (folder / 'tokens').mkdir(parents=True)
+    for split, size in (('train', 50_000), ('test', 1024)):
+        np.random.default_rng(0).integers(0, 54, size, np.uint8).tofile(folder / 'tokens' / f'{split}.bin')
+    work = [f'ds_path={folder}/tokens', 'T=102400', 'num_evals=20']  # 400 steps
+    kinds = {'in file order': [], 'shuffled, sharded, two seeds': ['shuffle=true', 'model.fsdp_enabled=true', 'seeds=[0,1]']}
+    for name, more in kinds.items():
+        found = {}
+        for count in (1, 2, 4):
+            out = folder / f'{name}-{count}'
+            run(count, *work, *more, f'run_dir={out}')
+            found[count] = np.array([losses(path.parent) for path in sorted(out.rglob('history.jsonl'))])
+        far = {count: float(np.abs(found[count] / found[1] - 1).max()) for count in (2, 4)}
+        print(f'{name}: largest relative difference of a test loss from one process: 2: {far[2]:.1e}, 4: {far[4]:.1e}', flush=True)
+    out = folder / 'stopped'
+    codes = run(2, *work, f'run_dir={out}', 'checkpoint_minutes=0.001', stop=1)
+    before = record.read_summary(out)
+    run(2, *work, f'run_dir={out}')
+    same = losses(out) == losses(folder / 'in file order-2')
+    print(f'SIGTERM to the second of two: exit codes {codes}, {before["state"]} at step {before["steps"]} of 400; gone on to the '
+          f'end, history {"the same, bit for bit" if same else "ANOTHER"}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
