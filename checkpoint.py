@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 FAULTS = (ValueError, OSError)  # what Orbax raises for a full disk, a damaged or a missing file
 
@@ -106,4 +107,4 @@ def _brief(error):
 
 def warn(text):
     """One line on stderr that does not tear a progress bar."""
-    print(f'\rwarning: {text}', file=sys.stderr)
+    tqdm.write(f'warning: {text}', file=sys.stderr)

@@ -44,8 +44,8 @@ def main():
     train.train(run, lambda steps, shown: None)
     size = 12 * run.derived.num_params / 1e6
     held, written = np.median(calls), np.median(ends)
-    print(f'D=512, p={run.derived.num_params:,}, {size:.0f} MB of parameters and moments, {len(calls)} checkpoints: the loop stands '
-          f'still {held:.3f} s (median; {max(calls):.2f} s at most, the first, with the import of Orbax), and the disk takes '
+    print(f'D=512, p={run.derived.num_params:,}, {size:.0f} MB of parameters and moments, {len(calls)} checkpoints: the loop '
+          f'stands still {held:.3f} s (median; {max(calls):.2f} s the first, with the import of Orbax), the disk takes '
           f'{written:.3f} s more in the background: {held / 600:.3%} of the wall time at the default of 10 minutes, '
           f'{(sum(calls) + sum(ends)) / len(calls) / 600:.3%} if nothing were in the background')
 

@@ -87,6 +87,12 @@ def until(condition, seconds, what):
     return found
 
 
+def family(pid) -> list[int]:
+    """A process and all that descend from it, by /proc (Linux)."""
+    children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    return [pid, *(p for child in children for p in family(child))]
+
+
 class Machine:
     """A `wandb agent` with all that it starts."""
 
@@ -94,10 +100,11 @@ class Machine:
         self.out = folder / f'agent{number}.txt'
         with open(self.out, 'ab') as out:
             self.process = subprocess.Popen([sys.executable, '-m', 'wandb', 'agent', sweep], cwd=folder, env=env,
-                                            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+                                            stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
     def kill(self, number=signal.SIGKILL):
-        os.killpg(self.process.pid, number)
+        for pid in family(self.process.pid):
+            os.kill(int(pid), number)
         self.process.wait()
 
 
@@ -157,7 +164,7 @@ def run_sweep(folder, widths, seeds, steps, outage, number=signal.SIGKILL):
             logged = [{k: v for k, v in row.items() if not k.startswith('_')} for row in r.history]
             assert logged == on_disk and on_disk[-1]['step'] == steps, r.name
             assert json.loads((folder / 'runs/tiny' / r.name / 'summary.json').read_text())['state'] == 'finished'
-        assert server.given_again == [run.id]
+        assert server.given_again == [run.id], (server.given_again, run.id)
         assert sum(row['_timestamp'] < killed_at for row in run.history) >= rows_before > 0  # it went on, and did not start over
         saved = subprocess.run([sys.executable, ROOT / 'save_logs.py', '--project', 'grid', '--entity', 'team', '--tag', 'tiny',
                                 '--out', folder / 'log.parquet'], **started)
