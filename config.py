@@ -168,7 +168,7 @@ def _check_echo(run, echo):
     values = flatten(settings(run, run.all_seeds[0]))
     for key, value in echo.items():
         found = values.get(SHORT_NAMES.get(key, key))
-        if str(value) != str(found):
+        if value != found and str(value) != str(found):  # JSON makes 3 of 3.0
             meant = SHORT_NAMES.get(key, key)
             raise ConfigError(f'{key}={value} is not for setting, and comes to {found}; ' +
                               (f'set {meant}' if not meant.startswith('derived.') else 'leave it out'))

@@ -3,6 +3,7 @@
 Each has the devices of its own machine, reads its rows of every batch, and computes on the mesh of all; only the first writes
 records. What they compute is train.py's.
 """
+import importlib.util
 import os
 
 import jax
@@ -11,18 +12,19 @@ from jax.experimental import multihost_utils
 
 
 def join(num_processes=None, process_id=None, coordinator=None, alone=False):
-    """Joins the processes that are named; with None, those of a TPU pod, a Slurm step of several tasks or another cluster that JAX
-    knows. alone: only if they are named. To be called before JAX is used. Raises ValueError.
+    """Joins the processes that are named; with None, those of a TPU pod or a Slurm step of several tasks, if it is one of them.
+    alone: only if they are named. To be called before JAX is used. Raises ValueError.
     """
-    if num_processes == 1 or num_processes is None and (alone or os.environ.get('SLURM_NTASKS') == '1'):
+    slurm = int(os.environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_STEP_NODELIST' in os.environ
+    if num_processes == 1 or num_processes is None and (alone or not (slurm or importlib.util.find_spec('libtpu'))):
         return
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    except ValueError as error:  # no cluster that JAX knows
-        if num_processes is not None:
-            raise ValueError(f'num_processes={num_processes}: {error} Set coordinator=HOST:PORT and process_id=0 … '
-                             f'{num_processes - 1}, or num_processes=1') from error
+    except ValueError as error:  # with None: a TPU of one host
+        if num_processes is not None or slurm:
+            raise ValueError(f'num_processes={num_processes}: {error} Set coordinator=HOST:PORT, num_processes and process_id=0 …, '
+                             'or num_processes=1') from error
 
 
 def first() -> bool:

@@ -61,21 +61,22 @@ def loopback():
                 self.preempting.add(run_id)
             return super()._file_stream(entity, project, run_id, data)
 
+        def machine_died(self, run):
+            """What W&B notices five minutes after a run's last sign of life."""
+            run.forced_state = 'crashed'
+
+    class Mutation(module.MutationNode):
         def _commands(self, sweep, agent, alive):
             for run in sweep.runs if not alive else ():
-                if run.id in self.preempting and run.state in ('crashed', 'failed'):
-                    self.preempting.discard(run.id)
-                    self.given_again.append(run.id)
+                if run.id in self.server.preempting and run.state in ('crashed', 'failed'):
+                    self.server.given_again.append(run.id)
                     run.forced_state, run.heartbeat_at = 'pending', time.time()
                     agent.runs.append(run)
                     return [{'type': 'resume', 'run_id': run.id, 'program': sweep.config['program'],
                              'args': {name: {'value': value} for name, value in run.config.items()}}]
             return super()._commands(sweep, agent, alive)
 
-        def machine_died(self, run):
-            """What W&B notices five minutes after a run's last sign of life."""
-            run.forced_state = 'crashed'
-
+    module.MutationNode = Mutation
     return Server
 
 
