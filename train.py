@@ -362,7 +362,7 @@ def one_line_errors():
         sys.exit('error: ' + ' '.join(text.split()))
 
 
-@hydra.main(version_base=None, config_path='configs')
+@hydra.main(version_base=None, config_path=str(Path(__file__).parent / 'configs'))
 def main(cfg):
     with one_line_errors():
         run_config(cfg)
@@ -411,4 +411,6 @@ def command_line():
 
 
 if __name__ == '__main__':
-    command_line()
+    import train as under_its_own_name  # where the job that a launcher starts finds `main`
+
+    under_its_own_name.command_line()
