@@ -1,4 +1,4 @@
-"""One run on 1, 2 and 4 processes of this machine, over loopback: do the losses agree, and does it go on after a signal to one?
+"""One run on 1, 2, 4 and 8 devices, and on 2 and 4 processes of this machine: do the losses agree; does it go on after a signal?
 
     python tests/measure_hosts.py DIR            # some two minutes
 """
@@ -16,9 +16,9 @@ import checkpoint  # noqa: E402
 import record  # noqa: E402
 
 
-def run(count, *overrides, stop=None):
+def run(count, *overrides, stop=None, devices=1):
     """Exit codes; `stop` is a process that gets a SIGTERM once a state is saved."""
-    processes = start(count, *overrides)
+    processes = start(count, *overrides, devices=devices)
     if stop is not None:
         folder = Path(next(word.split('=')[1] for word in map(str, overrides) if word.startswith('run_dir=')))
         while not checkpoint.steps([folder]) and all(p.poll() is None for p in processes):
@@ -46,8 +46,13 @@ def main():
             out = folder / f'{name}-{count}'
             run(count, *work, *more, f'run_dir={out}')
             found[count] = np.array([losses(path.parent) for path in sorted(out.rglob('history.jsonl'))])
-        far = {count: float(np.abs(found[count] / found[1] - 1).max()) for count in (2, 4)}
-        print(f'{name}: largest relative difference of a test loss from one process: 2: {far[2]:.1e}, 4: {far[4]:.1e}', flush=True)
+        for count in (2, 4, 8):
+            out = folder / f'{name}-devices-{count}'
+            run(1, *work, *more, f'run_dir={out}', devices=count)
+            found[f'{count} devices'] = np.array([losses(path.parent) for path in sorted(out.rglob('history.jsonl'))])
+        far = {count: float(np.abs(found[count] / found[1] - 1).max()) for count in found}
+        print(f'{name}: largest relative difference of a test loss from one process with one device, by processes: '
+              f'{ {count: f"{x:.1e}" for count, x in far.items()} }', flush=True)
     out = folder / 'stopped'
     codes = run(2, *work, f'run_dir={out}', 'checkpoint_minutes=0.001', stop=1)
     before = record.read_summary(out)

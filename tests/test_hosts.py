@@ -15,8 +15,8 @@ import train
 
 ROOT = Path(train.__file__).parent
 # 40 steps on tokens.
-WORK = ['-cn', 'chess', 'model.D=32', 'model.base_D=32', 'model.dh=16', 'model.N=1', 'model.L=16', 'opt.B=16', 'opt.lr=0.01',
-        'opt.warmup_tokens=0', 'T=10240', 'T_eval=512', 'num_evals=6', 'wandb_mode=disabled']
+WORK = ['-cn', 'chess', 'model.D=16', 'model.base_D=16', 'model.dh=8', 'model.N=1', 'model.L=16', 'opt.B=16', 'opt.lr=0.01',
+        'opt.warmup_tokens=0', 'T=10240', 'T_eval=512', 'num_evals=4', 'wandb_mode=disabled']
 
 
 @pytest.fixture(scope='module')
@@ -38,8 +38,8 @@ def python(program, *arguments):
 
 @pytest.fixture(scope='module')
 def on_devices(tokens, tmp_path_factory):
-    """{name: losses} of one run on 1, 2, 4 and 8 virtual devices, and sharded over 8, in a process of their own; and what XLA says
-    of the memory of a larger one."""
+    """{name: losses} of one run on 1 and 8 virtual devices, and sharded over 8, in a process of their own; and what XLA says of the
+    memory of a larger one. (measure_hosts.py does it on 2 and 4 devices, and on 2 and 4 processes.)"""
     folder = tmp_path_factory.mktemp('devices')
     python('''
         import json, sys
@@ -55,7 +55,7 @@ def on_devices(tokens, tmp_path_factory):
             with hydra.initialize_config_dir(configs, version_base=None):
                 return config.resolve(hydra.compose('chess', [*words, f'ds_path={tokens}', *more]))
 
-        for name, n, more in (('1', 1, []), ('2', 2, []), ('4', 4, []), ('8', 8, []), ('sharded', 8, ['model.fsdp_enabled=true'])):
+        for name, n, more in (('1', 1, []), ('8', 8, []), ('sharded', 8, ['model.fsdp_enabled=true'])):
             jax.devices = lambda n=n: devices[:n]
             train.train(resolve(f'run_dir={out}/{name}', *more))
         jax.devices = lambda: devices
@@ -73,7 +73,7 @@ def on_devices(tokens, tmp_path_factory):
 CLOSE = 2e-5
 
 
-@pytest.mark.parametrize('name', ['2', '4', '8', 'sharded'])
+@pytest.mark.parametrize('name', ['8', 'sharded'])
 def test_devices_compute_what_one_does(on_devices, name):
     found, _ = on_devices
     assert found[name] == pytest.approx(found['1'], rel=CLOSE)
@@ -95,16 +95,16 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(count, *overrides):
-    """So many processes that train one run together, each with one device."""
+def start(count, *overrides, devices=1):
+    """So many processes that train one run together, each with so many devices."""
     port = free_port()
     return [subprocess.Popen([sys.executable, ROOT / 'train.py', *WORK, *map(str, overrides), f'num_processes={count}',
                               f'process_id={i}', f'coordinator=127.0.0.1:{port}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}) for i in range(count)]
+                             text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)})
+            for i in range(count)]
 
 
 def test_two_processes_compute_what_one_does(on_devices, tokens, tmp_path):
-    """Sharded, shuffled or not; a signal to the second alone stops both with a checkpoint, from which they go on."""
     processes = start(2, f'ds_path={tokens}', f'run_dir={tmp_path}/run', 'model.fsdp_enabled=true')
     ended = [p.communicate(timeout=120) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], ended
