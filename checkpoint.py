@@ -39,6 +39,9 @@ class Checkpoints:
         self.wait()
         if self.manager is None:
             self.manager = _manager(self.folder.parent, cleanup_tmp_directories=True)
+        size = sum(a.nbytes for a in jax.tree.leaves(state))
+        if jax.process_count() == 1 and shutil.disk_usage(self.folder).free < 1.1 * size + 1e5:
+            return self._failed(f'the disk has no room for {size / 1e6:.1f} MB')
         try:
             self.manager.save(step, args=_orbax().args.StandardSave({'state': state, 'sum': _checksum(state)}))
         except FAULTS as error:

@@ -24,7 +24,7 @@ def run(count, *overrides, stop=None, devices=1):
         while not checkpoint.steps([folder]) and all(p.poll() is None for p in processes):
             pass
         processes[stop].send_signal(signal.SIGTERM)
-    ended = [p.communicate(timeout=170) for p in processes]
+    ended = [p.communicate(timeout=600) for p in processes]
     codes = [p.returncode for p in processes]
     if set(codes) not in ({0}, {128 + signal.SIGTERM}):
         sys.exit(f'{codes}\n' + '\n'.join(errors[-2000:] for _, errors in ended))
