@@ -59,9 +59,7 @@ def from_wandb(project, entity, tags):
         if state != 'finished':                                                                     # has ended well for W&B
             others[state].append(run.name)
             continue
-        rows = patiently(lambda run=run: list(run.scan_history(page_size=1000)), f'reading {run.name}')
-        rows = [{key: _number(value) for key, value in row.items()} for row in rows if row.get('test_loss') is not None]
-        config = dict(run.config)
+        rows, config = _history(run), dict(run.config)
         if not any(config.get(key) for key in ('wandb_tag', 'tag')) and run.tags:
             config['tag'] = next((tag for tag in tags if tag in run.tags), run.tags[0])
         if rows:
@@ -69,6 +67,18 @@ def from_wandb(project, entity, tags):
         else:
             others['finished without an evaluation'].append(run.name)
     return (logs.tidy(pd.concat(frames, ignore_index=True)) if frames else None), dict(others)
+
+
+def one_from_wandb(path):
+    """Rows so far of one W&B run, entity/project/id, whatever its state. A new Api each time: an old one hides what came since."""
+    import wandb
+    run = patiently(lambda: wandb.Api(timeout=60).run(path), f'asking for the run {path}')
+    return logs.from_run(run.id, dict(run.config), _history(run), run.state)
+
+
+def _history(run):
+    rows = patiently(lambda: list(run.scan_history(page_size=1000)), f'reading {run.name}')
+    return [{key: _number(value) for key, value in row.items()} for row in rows if row.get('test_loss') is not None]
 
 
 def _number(value):

@@ -48,3 +48,43 @@ def law_points(rng, a=0.04, b=0.16, L0=0.0013, models=8, seeds=5, noise=3e-3, L0
     loss = L0 + a * (compute / 1e15) ** -b
     return Points(np.geomspace(1e6, 4e7, models), compute,
                   [value * (1 + noise * rng.normal(size=seeds)) for value in loss])
+
+
+def random_ladder(rng, models=None, seeds=None, evals=60, drift=0.004):
+    """A ladder of a random law, noise and size.
+
+    L - L0 = (A·t^(-α) + B·p^(-β))·(1 + c·η)·corrections with t* ∝ p^γ, αγ = β: b = αγ/(1 + γ), 0.07 to 0.27. Corrections to
+    scaling fade with p and t; ℓ drifts by `drift` (relative, a nat of compute and of x). A run's noise has a part that stays, one
+    that is remembered for a while and a white one; a model's seeds share some of it. Returns the table and L0.
+    """
+    models, seeds = models or rng.integers(4, 9), seeds or rng.integers(1, 6)
+    alpha, gamma, step = rng.uniform(0.15, 0.5), rng.uniform(0.8, 1.2), rng.uniform(1.3, 2.2)
+    p = 1e6 * step ** np.arange(models)
+    end = 1e9 * (p / 1e6) ** gamma
+    A = end[0] ** alpha * rng.uniform(0.3, 0.7)
+    B = p[0] ** (alpha * gamma) * rng.uniform(0.3, 0.7)
+    L0 = rng.choice([0.0, rng.uniform(0, 3)]) * (A * end[-1] ** -alpha + B * p[-1] ** (-alpha * gamma))
+    bump, fading, transient, decay = rng.normal(0, 0.01), rng.normal(0, 0.01), rng.uniform(0, 0.003), rng.uniform(0, 0.3)
+    slope, shared = rng.normal(0, drift), rng.uniform(0, 1)
+    sizes = np.exp(rng.uniform(np.log(3e-4), np.log(1e-2))) * rng.uniform(0.2, 1, 3)
+    x = np.unique(np.concatenate([np.linspace(0.005, 1, evals), np.geomspace(0.005, 1, evals // 2)]))
+    lag = np.abs(np.log(x)[:, None] - np.log(x))
+    factor = np.linalg.cholesky(sizes[0] ** 2 + sizes[1] ** 2 * np.exp(-lag) + sizes[2] ** 2 * np.eye(len(x)))
+
+    def curve(m, x):
+        size, t = p[m] / p[0], x * end[m]
+        log_compute = (1 + gamma) * np.log(size)
+        reducible = (A * t ** -alpha + B * p[m] ** (-alpha * gamma)) * (1 + decay * (1 - x)) * (1 + fading * size ** -0.7)
+        reducible *= (1 + transient / x * size ** -gamma)
+        reducible *= np.exp((bump * size ** -0.7 - slope * log_compute) * np.log(x))
+        return L0 + reducible
+
+    rows = []
+    for m in range(models):
+        common = shared * factor @ rng.normal(size=len(x))
+        for seed in range(seeds):
+            loss = L0 + (curve(m, x) - L0) * np.exp(common + factor @ rng.normal(size=len(x)))
+            rows.append(pd.DataFrame({
+                'run': f'm{m}-s{seed}', 'D': 2 ** (5 + m), 'num_params': p[m], 'seed': seed, 'schedule': 'linear', 'peak_lr': 1e-3,
+                'tokens': x * end[m], 'compute': 6 * p[m] * x * end[m], 'lr': 1e-3 * (1 - x), 'test_loss': loss}))
+    return logs.tidy(pd.concat(rows, ignore_index=True)), L0

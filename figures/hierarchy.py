@@ -1,0 +1,243 @@
+"""The hierarchical model of a ladder: given the floor L0, the logs of all its reducible losses are one Gaussian field.
+
+    log(L_m(x) - L0) = g(x) - b·u + w(u) + d(x, u) + noise(m, x),     u = log C* of model m, x = C/C*
+
+g, the universal curve, is free. b has a wide prior from published laws. w is what the law departs from a power law, d the drift
+of ℓ with size; both are corrections to scaling, whose steps die out as C*^(-q) (the paper's limit is the common curve), and d has
+a lasting trend beside them. d vanishes at x = 1, where ℓ = 1, and is the freer the earlier. The noise has the seeds' covariance,
+and a share that all seeds of a model have in common: they see the same batches.
+
+So a curve's early part, its end and the other models' curves are jointly Gaussian: a forecast is conditioning, and an early
+read-out is the same with more to condition on; the scales (L0, the sizes of w and d, the shared noise) are sampled from their
+posterior. L0 owes most to the whole curves: differences L(x) - L(1) fall as C^(-b) whatever L0 is.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from figures import collapse, scaling_law
+from figures.table import LogError
+
+KNOTS = np.array([0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0])  # x of the model, dense where curves bend
+EXPONENT = 0.16, 0.07  # prior of b: Hoffmann et al. 2022 0.15 in compute, Henighan et al. 2020 0.05 to 0.24
+FADING = 0.4           # q: of corrections to scaling; a model's 10% are 4% at ten times its compute
+MEMORY = 0.7           # of the noise along a run, in units of log x; a moderate value serves all the logs there are
+# Log-uniform priors: the exponent's walk (w), d's trend and walk (a nat of compute and of x), the shared part of the noise.
+SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
+ONE_SEED = 0.01 ** 2 * np.array([0.4, 0.4, 0.2])  # shape of the noise where no model has two seeds; its size is then sampled
+FLAT = 1.0             # prior variance of g about the ladder's mean: nothing is known
+
+
+class Ladder(NamedTuple):
+    """Loss curves by model, ordered by size."""
+    x: np.ndarray        # [K] knots
+    p: np.ndarray        # [M] parameters
+    compute: np.ndarray  # [M] FLOPs, C*
+    losses: list         # M arrays [seeds, K]
+    fine: np.ndarray     # [G] the grid of figures/collapse.py
+    mean: np.ndarray     # [M, G] seed means on it
+
+
+class Draws(NamedTuple):
+    """Posterior draws of the curves of models that are not (wholly) seen."""
+    L0: np.ndarray       # [S]
+    loss: np.ndarray     # [S, T, G] at Ladder.fine
+    scales: np.ndarray   # [S, 5]
+
+
+def gather(table, more=()):
+    """The Ladder of a clean table; `more` are x to be knots too (where an early part ends)."""
+    knots = np.unique(np.concatenate([KNOTS, np.asarray(more, float)]))
+    curves, fine = collapse.curves(table, knots), collapse.curves(table)
+    points = scaling_law.optimal_points(table)
+    if len(points.p) < 3:
+        raise LogError(f'a forecast needs a ladder of at least three models, got {len(points.p)}')
+    use = fine.x >= curves.x[0] - 1e-9
+    mean = np.stack([fine.loss[fine.model == m][:, use].mean(0) for m in range(len(fine.p))])
+    return Ladder(curves.x, points.p, points.compute, [curves.loss[curves.model == m] for m in range(len(curves.p))],
+                  fine.x[use], mean)
+
+
+def choose(ladder, keep):
+    """The Ladder of the models keep [M] (indices or booleans)."""
+    index = np.arange(len(ladder.p))[keep]
+    return ladder._replace(p=ladder.p[index], compute=ladder.compute[index], losses=[ladder.losses[i] for i in index],
+                           mean=ladder.mean[index])
+
+
+def noise(ladder, L0, x):
+    """Variance of a run about its model, relative to the reducible loss: (whole run, remembered, white) by least squares.
+
+    None if no model has two seeds.
+    """
+    freedom = sum(len(L) - 1 for L in ladder.losses)
+    if not freedom:
+        return None
+    away = np.concatenate([(L - L.mean(0)) / (L.mean(0) - L0) for L in ladder.losses])
+    covariance = away.T @ away / freedom
+    found, _ = nnls(along(x).reshape(3, -1).T, covariance.ravel())
+    return np.maximum(found, 1e-3 * np.trace(covariance) / len(x))
+
+
+def along(x):
+    """[3, K, K] correlations along a run: of the whole run, remembered over MEMORY, white."""
+    s = np.log(x)
+    return np.stack([np.ones((len(x), len(x))), np.exp(-np.abs(s[:, None] - s) / MEMORY), np.eye(len(x))])
+
+
+def _across(u):
+    """Covariances [3, M, M] of w, of the trend and of the walk between models at u = log C*, the last two times d's share."""
+    t = np.linspace(u.min(), u.max(), 300)
+    steps = np.exp(-2 * FADING * (t - np.median(u))) * (t[1] - t[0])  # variance of a step of the walk
+    since = np.maximum(u[:, None] - t, 0)                             # [M, 300]
+    return np.stack([(since * steps) @ since.T, np.outer(u, u), ((since > 0) * steps) @ (since > 0).T])
+
+
+class Field(NamedTuple):
+    """The Gaussian field over the ladder's models and, after them, the targets; N = (M + T)·K entries, knots fastest."""
+    ladder: Ladder
+    loss: np.ndarray     # [M + T, K] means over a model's seeds; NaN: not seen
+    u: np.ndarray        # [M + T] log C*, about the ladder's mean
+    seeds: np.ndarray    # [M + T]
+    share: np.ndarray    # [G] floors L0/top at which the noise was fitted
+    noise: np.ndarray    # [G, 3] its variances there
+    fixed: np.ndarray    # [N, N] covariance of g and b
+    parts: np.ndarray    # [9, N, N] covariances that the scales weigh: w, trend, walk; own noise × 3; shared noise × 3
+    seen: np.ndarray     # [n] entries that are
+    among: np.ndarray    # [10, n·n] fixed and parts between them
+
+    @property
+    def top(self):       # L0 lies below every loss
+        return min(np.nanmin(self.loss), min(L.min() for L in self.ladder.losses))
+
+
+def field(ladder, compute, losses=None, seeds=1):
+    """The Field with targets at compute [T] FLOPs; losses [T, K] are their early parts (NaN: not seen), means of `seeds` runs."""
+    x, T = ladder.x, len(compute)
+    losses = np.full((T, len(x)), np.nan) if losses is None else losses
+    loss = np.concatenate([[L.mean(0) for L in ladder.losses], losses])
+    u = np.log(np.concatenate([ladder.compute, compute]))
+    u -= u[:-T].mean()
+    seeds = np.array([len(L) for L in ladder.losses] + [seeds] * T, float)
+    share = np.linspace(0, 1, 15)[:-1]
+    top = min(np.nanmin(loss), min(L.min() for L in ladder.losses))
+    variances = [noise(ladder, one * top, x) for one in share]
+    own = np.zeros(len(u)) if variances[0] is None else 1 / seeds
+    variances = np.array([ONE_SEED if one is None else one for one in variances])
+    w, trend, walk = _across(u)
+    correlations = whole, _, white = along(x)
+    late, early = (np.minimum.outer(s, s) for s in (-np.log(x), 1 / x ** 2 - 1))  # Brownian from the end; early: as transients 1/t
+    fixed = np.kron(np.ones_like(w), FLAT * white) + EXPONENT[1] ** 2 * np.kron(np.outer(u, u), whole)
+    parts = np.stack([np.kron(w, whole), np.kron(trend, late), np.kron(walk, early),
+                      *(np.kron(np.diag(own), one) for one in correlations),
+                      *(np.kron(np.isclose(u[:, None], u), one) for one in correlations)])  # one size, the same batches
+    seen = np.flatnonzero(np.isfinite(loss))
+    among = np.concatenate([fixed[None], parts])[:, seen][:, :, seen].reshape(10, -1)
+    return Field(ladder, loss, u, seeds, share, variances, fixed, parts, seen, among)
+
+
+def _read(field, scales):
+    """scales [H, 5] = (arcsin (L0/top)^¼, log of SCALES) -> L0 [H], weights of the parts [H, 9]."""
+    share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: L0 may be anything, and next to nothing rather often
+    own = np.stack([np.interp(share, field.share, one) for one in field.noise.T], -1)
+    return share * field.top, np.concatenate([np.exp(2 * scales[:, 1:4]), own, np.exp(2 * scales[:, 4:]) * own], 1)
+
+
+def _values(field, L0):
+    """What is seen as log(L - L0) less its prior mean [H, n]; its level at each knot [H, K]; the log Jacobian of L [H].
+
+    One value a knot goes into g, whose prior is flat in the loss: it does not count in the Jacobian.
+    """
+    level = np.log(field.loss - L0[:, None, None])       # [H, M + T, K]
+    centre = np.nanmean(level, 1)
+    count = np.isfinite(field.loss).sum(0)
+    value = level - centre[:, None] + EXPONENT[0] * field.u[:, None]
+    return value.reshape(len(L0), -1)[:, field.seen], centre, -((count - 1) * centre).sum(-1)
+
+
+def evidence(field, scales):
+    """Log posterior density of scales [H, 5], up to a constant."""
+    L0, weights = _read(field, scales)
+    value, _, jacobian = _values(field, L0)
+    n = len(field.seen)
+    bordered = np.full((len(L0), n + 1, n + 1), 1e15)
+    bordered[:, :n, :n] = _among_seen(field, weights)
+    bordered[:, n, :n] = bordered[:, :n, n] = value
+    factor = np.linalg.cholesky(bordered)                # the last row is the whitened value
+    logdet = np.log(np.diagonal(factor, axis1=1, axis2=2)[:, :n]).sum(-1)
+    return jacobian - logdet - 0.5 * (factor[:, n, :n] ** 2).sum(-1)
+
+
+def _among_seen(field, weights):
+    n = len(field.seen)
+    # einsum, not @: a matrix product of this shape wakes threads that cost more than they do
+    return np.einsum('hj,jn->hn', np.insert(weights, 0, 1, axis=1), field.among).reshape(-1, n, n)
+
+
+def _covariance(field, weights, rows, columns):
+    at = np.ix_(rows, columns)
+    return field.fixed[at] + np.tensordot(weights, np.stack([part[at] for part in field.parts]), 1)
+
+
+def sample(field, rng, walkers=60, steps=40, keep=10):
+    """Scales [walkers·keep, 5] from their posterior: the affine-invariant ensemble of Goodman & Weare (2010)."""
+    low, high = np.concatenate([[0.0], SCALES[:, 0]]), np.concatenate([[1.5], SCALES[:, 1]])
+    theta = low + (high - low) * rng.random((6 * walkers, len(low)))
+    value = evidence(field, theta)
+    best = np.argsort(-value)[:walkers]
+    theta, value, kept = theta[best], value[best], []
+    for step in range(steps):
+        for parity in (0, 1):
+            half = slice(parity, None, 2)
+            here, others = theta[half], theta[1 - parity::2]
+            stretch = (1 + rng.random(len(here))) ** 2 / 2
+            other = others[rng.integers(len(others), size=len(here))]
+            trial = other + stretch[:, None] * (here - other)
+            inside = ((trial >= low) & (trial <= high)).all(1)
+            new = np.full(len(here), -np.inf)
+            new[inside] = evidence(field, trial[inside])
+            accept = np.log(rng.random(len(here))) < (len(low) - 1) * np.log(stretch) + new - value[half]
+            theta[half] = np.where(accept[:, None], trial, here)
+            value[half] = np.where(accept, new, value[half])
+        if step >= steps - keep:
+            kept.append(theta.copy())
+    return np.concatenate(kept)
+
+
+def conditional(field, scales):
+    """Log reducible losses of the targets at the knots, given what is seen and scales [H, 5].
+
+    Returns L0 [H], mean [H, T·K], covariance [H, T·K, T·K], both without the white noise of an evaluation, and that noise's
+    variance [H, T].
+    """
+    L0, weights = _read(field, scales)
+    value, centre, _ = _values(field, L0)
+    first = len(field.ladder.p)
+    targets = np.arange(first * len(field.ladder.x), field.loss.size)
+    smooth = weights * [1, 1, 1, 1, 1, 0, 1, 1, 0]
+    across = _covariance(field, smooth, targets, field.seen)
+    gain = np.linalg.solve(_among_seen(field, weights), np.swapaxes(across, 1, 2))        # [H, n, T·K]
+    prior = (centre[:, None] - EXPONENT[0] * field.u[first:, None]).reshape(len(L0), -1)
+    mean = prior + np.einsum('hnk,hn->hk', gain, value)
+    own = 0 if not np.ptp(field.parts[3]) else 1 / field.seeds[first:]
+    return L0, mean, _covariance(field, smooth, targets, targets) - across @ gain, weights[:, 5:6] * own + weights[:, 8:9]
+
+
+def draw(field, rng, scales, each=2):
+    """`each` posterior curves of every target for each of scales [H, 5], as Draws."""
+    L0, mean, covariance, white = (np.repeat(part, each, 0) for part in conditional(field, scales))
+    ladder, K = field.ladder, len(field.ladder.x)
+    factor = np.linalg.cholesky(covariance + 1e-10 * np.eye(covariance.shape[-1]))
+    z = mean + np.einsum('hij,hj->hi', factor, rng.normal(size=mean.shape))
+    z = z.reshape(len(L0), -1, K)
+    # Between the knots the ladder's own mean curve leads; what departs from it is interpolated.
+    lead = np.log(ladder.mean - L0[:, None, None]).mean(1)                                            # [H, G]
+    s, fine = np.log(ladder.x), np.log(ladder.fine)
+    right = np.clip(np.searchsorted(s, fine), 1, len(s) - 1)
+    part = np.clip((fine - s[right - 1]) / (s[right] - s[right - 1]), 0, 1)
+    away = z - np.stack([np.interp(s, fine, one) for one in lead])[:, None]
+    away = away[..., right - 1] * (1 - part) + away[..., right] * part
+    away += np.sqrt(white)[..., None] * rng.normal(size=away.shape)
+    return Draws(L0, L0[:, None, None] + np.exp(lead[:, None] + away), scales)
