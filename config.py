@@ -72,6 +72,8 @@ class Config:
     seeds: list[int] | None
     run_dir: str | None
     checkpoint_minutes: float
+    watch: str | None
+    stop_above: float | None
     dry_run: bool
     num_processes: int | None
     process_id: int | None
@@ -249,6 +251,8 @@ def _check_values(cfg):
             raise ConfigError(f'{key}={value} must lie in [0, 1)')
     if o.decay_frac > 1:
         raise ConfigError(f'opt.decay_frac={o.decay_frac} must lie in (0, 1]; it is a share of the steps after the warm-up')
+    if cfg.stop_above is not None and cfg.watch is None:
+        raise ConfigError(f'stop_above={cfg.stop_above:g} needs a forecast; set watch to the log of the ladder')
     if cfg.T_eval is None:
         raise ConfigError('T_eval is null; set it to the number of test tokens an evaluation reads')
     if cfg.ds_path is None:
@@ -286,8 +290,8 @@ def as_dict(run, seed) -> dict:
 
 
 # Keys that say where a run is written, not what is computed.
-BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'wandb_mode', 'wandb_project', 'wandb_tag', 'dry_run', 'num_processes',
-               'process_id', 'coordinator')
+BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'watch', 'stop_above', 'wandb_mode', 'wandb_project', 'wandb_tag', 'dry_run',
+               'num_processes', 'process_id', 'coordinator')
 
 # The short names of the published logs, for W&B: each is the last part of one dotted key and of no other that matters.
 SHORT_NAMES = {

@@ -26,7 +26,7 @@ import hosts
 import mirror
 from checkpoint import warn
 
-ENDED = ('finished', 'diverged')  # states of a run that is left alone
+ENDED = ('finished', 'diverged', 'stopped')  # states of a run that is left alone
 SUMMED = ('wall_seconds', 'compile_seconds', 'train_seconds', 'eval_seconds')  # in the summary, over all sessions
 
 
@@ -102,8 +102,8 @@ class Record:
         return summary
 
     def close(self, state, **numbers):
-        """Ends the record in `state` ('finished', 'diverged', 'interrupted' or 'failed') with the run's last numbers and its last
-        losses, and returns the summary. The checkpoints of a run that has finished or diverged are removed."""
+        """Ends the record in `state` ('finished', 'diverged', 'stopped', 'interrupted' or 'failed') with the run's last numbers and
+        its last losses, and returns the summary. The checkpoints of a run that has ENDED are removed."""
         self.checkpoints.close()
         if not self.history:
             self._write_rows()

@@ -33,6 +33,7 @@ import mirror
 import model as models
 import optimizer
 import record
+from figures import watch
 
 STRETCH_SECONDS = 1.0  # the device runs alone this long: host costs vanish, the bar moves and a signal is answered
 PROBE_ENTRIES = 1 << 24  # features (or logits) kept between evaluations, for their change: 64 MB at most
@@ -213,6 +214,7 @@ def train_together(run, task, seeds, on_steps):
     """Trains these seeds of a run, fused, in folders that are theirs."""
     begin = time.monotonic()
     summaries = []
+    look = watch.follow(run.watch, run.derived.num_params, run.derived.compute) if run.watch else None
     program = programs(run, task)
     test = hosts.place_whole(task.test, program.test_sharding)
     state, evaluated = newest_state(run, program, seeds, test)
@@ -283,8 +285,12 @@ def train_together(run, task, seeds, on_steps):
                 if not np.isfinite(metrics['test_loss'][i]):
                     close(i, 'diverged')
                     continue
-                records[i].log({'step': step, 'tokens': tokens, 'compute': 6.0 * tokens * run.derived.num_params, 'tau': tau[step],
-                                'lr': lrs[step], **{k: float(v[i]) for k, v in metrics.items()}})
+                row = {'step': step, 'tokens': tokens, 'compute': 6.0 * tokens * run.derived.num_params, 'tau': tau[step],
+                       'lr': lrs[step], **{k: float(v[i]) for k, v in metrics.items()}}
+                row |= look([*records[i].rows, row]) if look else {}
+                records[i].log(row)
+                if run.stop_above is not None and row.get('forecast_lo90', -np.inf) > run.stop_above and step < run.derived.steps:
+                    close(i, 'stopped')
             on_steps(0, {'test_loss': np.mean(metrics['test_loss'][list(records)])} if records else {})
 
         if stop and step:

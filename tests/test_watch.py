@@ -1,0 +1,131 @@
+"""The watch leaves healthy runs alone, finds planted faults and names them, and follows a folder that grows."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+import config
+import record
+import train
+from figures import collapse, hierarchy, watch
+from figures import table as logs
+from tests.logs_of import power_law_table, random_ladder
+from tests.test_collapse import command
+
+
+@pytest.fixture(scope='module')
+def planted():
+    """(Expected of the largest of six models, its runs [4, K]): a ladder without faults, noise 0.1% of the loss."""
+    table = power_law_table(np.random.default_rng(0), offset=3e-4, jitter=1e-4)
+    ladder = hierarchy.gather(table)
+    return watch.expect(ladder, ladder.p[-1]), ladder.losses[-1]
+
+
+def alarms(expected, losses):
+    return np.array([watch.read(expected, expected.x, loss).alarm for loss in losses])
+
+
+def test_healthy_runs_are_left_alone():
+    """30 runs of the largest models of 10 random ladders, never in the fit: under 5% alarmed. Control: the test has some power."""
+    surprise = []
+    for seed in range(10):
+        table, _ = random_ladder(np.random.default_rng(100 + seed), models=6, seeds=3)
+        ladder = hierarchy.gather(table)
+        expected = watch.expect(ladder, ladder.p[-1])
+        surprise += [watch.read(expected, expected.x, loss).surprise for loss in ladder.losses[-1]]
+    low = np.array(surprise)
+    assert ((low[:, 1:] < watch.ALARM) & (low[:, :-1] < watch.ALARM)).any(1).mean() < 0.05
+    assert 0 < (low[:, -1] < 0.2).mean() < 0.4
+
+
+def test_faults_are_found_by_a_third_of_the_run(planted):
+    expected, losses = planted
+    assert np.isnan(alarms(expected, losses)).all()
+    x, clean = expected.x, losses - 0.1
+    ahead = 0.1 + np.exp([np.interp(np.log(1.5 * x), np.log(x), np.log(one)) for one in clean])     # a horizon 1.5 times too long
+    faults = {'horizon': ahead, 'learning rate': 0.1 + clean * (1 + 0.15 * (1 - x))}
+    for name, faulty in faults.items():
+        assert (alarms(expected, faulty) <= 0.3).mean() >= 0.75, name
+
+
+def test_a_late_fault_is_named_by_its_onset(planted):
+    expected, losses = planted
+    late = 0.1 + (losses - 0.1) * (1 + 0.2 * np.maximum(np.log(expected.x / 0.3), 0))
+    for loss in late:
+        reading = watch.read(expected, expected.x, loss)
+        assert 0.3 < reading.alarm <= 0.85 and (reading.surprise[reading.x <= 0.3] > watch.ALARM).all()
+        assert reading.looks_like[0][0].startswith('from x =') and reading.looks_like[0][1] > 0.5
+
+
+def test_the_residual_is_the_distance_to_the_ladder(planted):
+    expected, _ = planted
+    reading = watch.read(expected, expected.x, expected.loss + 0.02 * expected.reducible)
+    np.testing.assert_allclose(reading.residual, 0.02, rtol=1e-9)
+    np.testing.assert_allclose(watch.read(expected, expected.x, expected.loss).surprise, 1)
+
+
+def test_a_folder_that_grows(tmp_path):
+    """Half of a run, its last line cut short, then a diverging rest: on track, then an alarm; with --every until its end."""
+    table = power_law_table(np.random.default_rng(0), offset=3e-4, jitter=1e-4, evals=60)
+    logs.write_parquet(table, tmp_path / 'ladder.parquet', source='planted')
+    run = table[table['run'] == 'D1024-s0']
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'config.yaml').write_text(yaml.safe_dump({
+        'T': float(run['tokens'].iloc[-1]), 'num_params': float(run['num_params'].iloc[0]),
+        'opt': {'schedule': 'cosine', 'lr': 1e-3}}))
+    rows = [json.dumps({k: float(row[k]) for k in ('step', 'tokens', 'compute', 'test_loss')}) for _, row in run.iterrows()]
+    half = int(np.searchsorted(run['tokens'] / run['tokens'].iloc[-1], 0.3))
+    (folder / 'history.jsonl').write_text('\n'.join(rows[:half]) + '\n' + rows[half][:30])
+    look = ('--against', tmp_path / 'ladder.parquet')
+    done = command(folder, *look, '--json', module='watch')
+    result = json.loads(done.stdout)
+    assert result['alarm'] is None and 0.2 < result['now'] < 0.3 and len(result['residual']) == len(result['x'])
+    assert result['differences'] == ["schedule is cosine, the ladder's linear"]
+    final = run['test_loss'].iloc[-1]
+    assert result['forecast_lo90'] < final < result['forecast_hi90']
+    worse = run.assign(test_loss=run['test_loss'] * np.where(run['tokens'] > 0.3 * run['tokens'].max(), 1.05, 1))
+    rows = [json.dumps({k: float(row[k]) for k in ('step', 'tokens', 'compute', 'test_loss')}) for _, row in worse.iterrows()]
+    (folder / 'history.jsonl').write_text('\n'.join(rows) + '\n')
+    done = command(folder, *look, '--out', tmp_path / 'watch.png', '--every', 1, module='watch')
+    assert 'ALARM' in done.stdout and 'from x' in done.stdout and (tmp_path / 'watch.png').stat().st_size > 10_000
+    missing = command(tmp_path / 'nothing', *look, module='watch')
+    assert missing.returncode == 2 and missing.stderr.count('\n') == 1 and 'neither' in missing.stderr
+
+
+def test_what_train_records_is_what_the_command_shows(tmp_path):
+    table = power_law_table(np.random.default_rng(1), evals=60)
+    logs.write_parquet(table, tmp_path / 'ladder.parquet', source='planted')
+    run = table[table['run'] == 'D1024-s0']
+    share = (run['compute'] / run['compute'].max()).to_numpy()
+    part = run[:np.searchsorted(share, 0.4) + 1]                    # up to the first evaluation at or after x = 0.4
+    end = float(run['compute'].iloc[-1])
+    look = watch.follow(tmp_path / 'ladder.parquet', run['num_params'].iloc[0], end)
+    rows = part[['compute', 'test_loss']].to_dict('records')
+    numbers = look(rows)
+    assert look(rows[:-1]) == {}                                    # nothing new to judge since x = 0.3
+    shown = watch.analyse(part.assign(T=run['tokens'].max()), logs.clean(table)[0])
+    assert numbers['residual'] == shown['residual'][-1] and numbers['forecast'] == shown['forecast']
+    curves = collapse.curves(table)
+    assert abs(numbers['forecast'] / curves.loss[curves.model == 5, -1].mean() - 1) < 0.02
+
+
+def test_a_training_run_records_its_residual_and_stops_itself(small_mlp, tmp_path, monkeypatch):
+    """`watch` adds the residual to the record and changes nothing else; with `stop_above` under any loss the run ends early."""
+    monkeypatch.chdir(tmp_path)
+    ladder, _ = random_ladder(np.random.default_rng(0), models=4, seeds=2)
+    shrink = small_mlp().derived.num_params / ladder['num_params'].median()          # the run is in the middle of the ladder
+    ladder = ladder.assign(num_params=shrink * ladder['num_params'], compute=shrink * ladder['compute'])
+    logs.write_parquet(ladder, tmp_path / 'ladder.parquet', source='planted')
+    overrides = ('num_evals=12', 'watch=ladder.parquet')
+    train.train(small_mlp('num_evals=12', 'run_dir=plain'))
+    summary, = train.train(small_mlp(*overrides, 'run_dir=watched'))
+    rows, plain = record.read_history('watched'), record.read_history('plain')
+    assert summary['state'] == 'finished' and [row['test_loss'] for row in rows] == [row['test_loss'] for row in plain]
+    assert any('residual' in row and 'forecast' in row for row in rows) and not any('residual' in row for row in plain)
+    summary, = train.train(small_mlp(*overrides, 'stop_above=1e-9', 'run_dir=stopped'))
+    assert summary['state'] == 'stopped' and len(record.read_history('stopped')) < len(rows)
+    with pytest.raises(config.ConfigError, match='stop_above=1 needs a forecast'):
+        small_mlp('stop_above=1')
