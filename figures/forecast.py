@@ -83,7 +83,7 @@ def posterior(ladder, compute, losses=None, seeds=1, seed=0):
     """Draws for targets at compute [T] FLOPs; see hierarchy.field."""
     rng = np.random.default_rng(seed)
     field = hierarchy.field(ladder, np.asarray(compute, float), losses, seeds)
-    return hierarchy.draw(field, rng, hierarchy.sample(field, rng)[::3], each=3)
+    return hierarchy.draw(field, rng, hierarchy.sample(field, rng)[::15], each=3)
 
 
 def bands(loss):

@@ -181,7 +181,7 @@ def _covariance(field, weights, rows, columns):
     return field.fixed[at] + np.tensordot(weights, np.stack([part[at] for part in field.parts]), 1)
 
 
-def sample(field, rng, walkers=60, steps=40, keep=10):
+def sample(field, rng, walkers=150, steps=60, keep=30):
     """Scales [walkers·keep, 5] from their posterior: the affine-invariant ensemble of Goodman & Weare (2010)."""
     low, high = np.concatenate([[0.0], SCALES[:, 0]]), np.concatenate([[1.5], SCALES[:, 1]])
     theta = low + (high - low) * rng.random((6 * walkers, len(low)))

@@ -20,7 +20,7 @@ from figures import command, forecast, hierarchy
 from figures import table as logs
 from figures.table import LogError
 
-ALARM = 0.02  # two points in a row below this, and all later ones so far, are an alarm: 0 to 4% of healthy runs of four logs
+ALARM = 0.01  # two points in a row below this, and all later ones so far, are an alarm; under 5% of healthy runs on every log
 HABITS = ('schedule', 'decay_frac', 'peak_lr', 'B', 'N', 'L', 'match_mup_at_D')  # what a run shares with its ladder
 
 

@@ -15,7 +15,7 @@ from tests.logs_of import power_law_table
 from tests.test_schedules import planted as planted_schedules
 
 FOLDER = Path(figures.__file__).parent
-NOTEBOOKS = ['collapse', 'exact_power_laws', 'fit_optimal_horizon', 'lr_schedules', 'schedule_laws']
+NOTEBOOKS = ['collapse', 'exact_power_laws', 'fit_optimal_horizon', 'forecast', 'lr_schedules', 'schedule_laws']
 
 
 def cells(name, kind='code'):
@@ -38,6 +38,13 @@ def test_notebooks_are_thin_and_rendered_in_order(name):
     assert not any(output['output_type'] == 'error' for cell in code for output in cell['outputs'])
 
 
+def rates(table, values, width=None):
+    """The table with its runs (of one width, if given) at these peak rates in turn."""
+    table = table[table['D'] == width] if width else table
+    order = {run: i for i, run in enumerate(table['run'].unique())}
+    return table.assign(peak_lr=[values[order[run] % len(values)] for run in table['run']], seed=0.0 if width else table['seed'])
+
+
 @pytest.fixture(scope='module')
 def workplace(tmp_path_factory):
     """A copy of figures/ beside planted logs under the names of our own."""
@@ -53,6 +60,10 @@ def workplace(tmp_path_factory):
         'laptop_mlp_wrong_exponent': power_law_table(rng, gamma=1.1, **linear),
         'laptop_mlp_const': power_law_table(rng, past=10.0, schedule='const', models=6, seeds=3, evals=60),
         'laptop_mlp_schedules': planted_schedules(rng, evals=60),
+        'laptop_fault_horizon': power_law_table(rng, **linear).assign(T=lambda t: t.groupby('run')['tokens'].transform('max')),
+        'laptop_fault_repeat': power_law_table(rng, **linear),
+        'laptop_fault_lr': rates(power_law_table(rng, **linear), (5e-4, 2e-3)),
+        'laptop_lr': rates(power_law_table(rng, models=3, seeds=8, evals=60), 1e-3 * 2.0 ** np.arange(-4, 4), width=64),
     }.items():
         logs.write_parquet(table, place / f'logs/{name}.parquet', source='planted')
     return place
