@@ -106,7 +106,7 @@ def start(count, *overrides, devices=1):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(on_devices, tokens, tmp_path):
-    processes = start(2, f'ds_path={tokens}', f'run_dir={tmp_path}/run', 'model.fsdp_enabled=true')
+    processes = start(2, f'ds_path={tokens}', f'run_dir={tmp_path}/run')
     ended = [p.communicate(timeout=300) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], ended
     assert losses(tmp_path / 'run') == pytest.approx(on_devices[0]['1'], rel=CLOSE)
