@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,8 +67,9 @@ def server():
 
 
 def download(server, out, name='cifar5m'):
-    env = {**os.environ, 'TOKENIZED_URL': f'http://127.0.0.1:{server.server_port}', 'no_proxy': '*'}
-    return subprocess.run([HERE / f'download_{name}.sh', out], env=env, capture_output=True, text=True, timeout=60)
+    env = {**os.environ, 'TOKENIZED_URL': f'http://127.0.0.1:{server.server_port}', 'no_proxy': '*', 'PYTHON': sys.executable}
+    command = re.search(rf'^.*download_{name}\.sh', (HERE / 'README.md').read_text(), re.M)[0]  # as the README has it
+    return subprocess.run(['sh', '-c', f'{command} "$0"', out], cwd=HERE, env=env, capture_output=True, text=True, timeout=60)
 
 
 def names(folder):
