@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def write_atomically(path: Path, content: bytes):
         f.write(content)
         to_disk(f)
     os.replace(part, path)
+
+
+def check_distinct(paths):
+    """Raise ValueError if an input is named twice, which would bring test data into the training set."""
+    twice = [path for path, n in Counter(os.path.realpath(path) for path in paths).items() if n > 1]
+    if twice:
+        raise ValueError(f'{twice[0]}: is named twice among the inputs; name it once')
 
 
 def to_disk(f):
@@ -38,7 +46,9 @@ def workplace(out: Path, source: dict, **also):
     run left it. Raises ValueError if `out` holds, or another run is making, anything else.
     """
     folder, manifest = out / '.preparing', out / '.preparing' / 'manifest.json'
-    if (read_json(out / 'meta.json') or {}).get('source') == source | also:
+    meta, there = read_json(out / 'meta.json') or {}, [name for name in (*FILES, 'meta.json', 'meta.pkl') if (out / name).exists()]
+    whole = all(name in there and (out / name).stat().st_size == meta.get('tokens', {}).get(name) for name in FILES)
+    if whole and meta.get('source') == source | also:
         shutil.rmtree(folder, ignore_errors=True)
         print(f'{out} holds this data set already', file=sys.stderr)
         yield None
@@ -46,8 +56,8 @@ def workplace(out: Path, source: dict, **also):
     begun = read_json(manifest)
     if begun not in (None, source):
         raise ValueError(f'{folder}: begun with other inputs or options; delete it, or choose another --out')
-    if begun is None and (there := [name for name in (*FILES, 'meta.json', 'meta.pkl') if (out / name).exists()]):
-        raise ValueError(f'{out}: holds {", ".join(there)} of another data set; move it away, or choose another --out')
+    if begun is None and there:
+        raise ValueError(f'{out}: holds {", ".join(there)}, of another data set or not whole; move it, or choose another --out')
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'lock', 'w') as lock:
         try:

@@ -89,16 +89,14 @@ def size_up(path: str) -> tuple[int, int]:
         size = Path(path).stat().st_size
         return size, 0 if path.endswith(('.zst', '.gz', '.bz2')) else round(head.count(b'[Event ') * size / max(1, len(head)))
     with opened(path) as file:
-        schema = file.schema_arrow
-        if missing := [name for name in COLUMNS if name not in schema.names]:
-            raise ValueError(f'{path}: has no column {", ".join(missing)}; it has {", ".join(schema.names)}')
-        for name in COLUMNS:
-            kind = schema.field(name).type
-            if not (pa.types.is_integer(kind) if name.endswith('Elo') else pa.types.is_string(kind)
-                    or pa.types.is_large_string(kind)):
-                raise ValueError(f'{path}: column {name} is {kind}; wanted {"integers" if name.endswith("Elo") else "text"}')
-        facts = file.metadata
-        return sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)), facts.num_rows
+        schema, facts = file.schema_arrow, file.metadata
+    if missing := [name for name in COLUMNS if name not in schema.names]:
+        raise ValueError(f'{path}: has no column {", ".join(missing)}; it has {", ".join(schema.names)}')
+    for name in COLUMNS:
+        kind = schema.field(name).type
+        if not (pa.types.is_integer(kind) if name.endswith('Elo') else pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValueError(f'{path}: column {name} is {kind}; wanted {"integers" if name.endswith("Elo") else "text"}')
+    return sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)), facts.num_rows
 
 
 def read_games(path: str):
@@ -267,6 +265,9 @@ def shuffle(folder: Path, pieces: list[dict], out: Path, seed: int, test_games: 
 
 def make(paths: list[str], out: Path, seed=42, test_games=16384, position=True, jobs=2):
     """The whole way from input files to a data set in `out`. Raises ValueError or OSError, one clear line each."""
+    prepare.check_distinct(paths)
+    if test_games < 1:
+        raise ValueError(f'--test-games is {test_games}; wanted 1 or more')
     sized = [size_up(path) for path in tqdm(paths, desc='inputs', unit=' files', disable=len(paths) < 8)]
     source = {'inputs': [[Path(p).name, n] for p, (n, _) in zip(paths, sized, strict=True)], 'seed': seed, 'position': position}
     with prepare.workplace(out, source, test_games=test_games) as folder:

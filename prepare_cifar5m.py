@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+import tokenize  # NumPy lets its errors through when a header is damaged
 import zipfile
 import zlib
 from pathlib import Path
@@ -46,7 +47,7 @@ def open_array(path: Path, name: str):
         raise ValueError(f'{path}: no such file') from e
     except KeyError as e:
         raise ValueError(f'{path}: has no array {name}; it has {", ".join(archive.namelist()) or "none"}') from e
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as e:
+    except (zipfile.BadZipFile, zlib.error, tokenize.TokenError, ValueError, EOFError, OSError) as e:
         raise ValueError(f'{path}: cut short or no .npz ({e}); fetch it again') from e
     if fortran:
         raise ValueError(f'{path}: {name} is in Fortran order; save it again with np.ascontiguousarray({name})')
@@ -94,6 +95,7 @@ def blocks(path: Path, count: int):
 
 def make(paths: list[Path], out: Path, seed=2357, test_images=2000):
     """The whole way from parts to a data set in `out`. Raises ValueError or OSError, one clear line each."""
+    prepare.check_distinct(paths)
     counts, checksums = zip(*map(count_images, paths), strict=True)
     total = sum(counts)
     if not 0 < test_images < total:

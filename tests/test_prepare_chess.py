@@ -241,6 +241,28 @@ def test_bad_input_is_one_clear_line(rows, tmp_path, name, says):
     assert 'Traceback' not in ran.stderr and not list(tmp_path.glob('out/*.bin'))
 
 
+def test_what_is_wrong_with_a_file_afar_is_not_called_the_connection(rows, tmp_path):
+    broken_inputs(rows, tmp_path)
+    with pytest.raises(ValueError, match=r'^file://\S+/column\.parquet: has no column BlackElo'):
+        prepare_chess.size_up(f'file://{tmp_path}/column.parquet')
+
+
+def test_test_games_and_twins_are_refused_before_any_work(inputs, tmp_path):
+    with pytest.raises(ValueError, match='--test-games is 0; wanted 1 or more'):
+        prepare_chess.make([str(inputs[0])], tmp_path, test_games=0)
+    with pytest.raises(ValueError, match='0.parquet: is named twice'):
+        prepare_chess.make([str(inputs[0]), str(inputs[0])], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_lost_a_file_is_not_called_finished(inputs, prepared, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(prepared, out)
+    (out / 'train.bin').unlink()
+    ran = killing.run('prepare_chess.py', *inputs, '--out', out, '--test-games', 40)
+    assert ran.returncode == 1 and 'not whole; move it' in ran.stderr
+
+
 def test_a_full_disk_leaves_no_final_name_and_is_survived(inputs, prepared, tmp_path):
     out = tmp_path / 'out'
     arguments = [*inputs, '--out', out, '--test-games', 40]

@@ -81,6 +81,11 @@ def broken_parts(part, folder):
     np.savez(folder / 'fortran.npz', X=np.asfortranarray(X))
     np.savez(folder / 'labels.npz', X=X, Y=np.zeros(len(X) - 1))
     np.savez(folder / 'few.npz', X=X[:100])
+    np.savez_compressed(folder / 'stream.npz', X=X)
+    np.savez(folder / 'header.npz', X=X)
+    for name, at, what in (('stream', 60, bytes(40)), ('header', (folder / 'header.npz').read_bytes().index(b'(300'), b'((((')):
+        whole = (folder / f'{name}.npz').read_bytes()
+        (folder / f'{name}.npz').write_bytes(whole[:at] + what + whole[at + len(what) :])
 
 
 def test_killed_between_the_two_names_ends_in_the_same_bytes(parts, prepared, tmp_path):
@@ -100,7 +105,7 @@ def test_killed_between_the_two_names_ends_in_the_same_bytes(parts, prepared, tm
     ('half.npz', 'cut short or no .npz'), ('bit.npz', 'damaged'), ('dtype.npz', 'wanted [images, 32, 32, 3] uint8'),
     ('shape.npz', 'X is [300, 3, 32, 32] uint8'), ('none.npz', 'has no array X; it has images.npy'),
     ('fortran.npz', 'Fortran order'), ('labels.npz', '300 images in X'), ('few.npz', 'set --test-images'),
-    ('absent.npz', 'no such file'),
+    ('absent.npz', 'no such file'), ('stream.npz', 'cut short or no .npz'), ('header.npz', 'cut short or no .npz'),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(parts, tmp_path, name, says):
     broken_parts(parts[1], tmp_path)
