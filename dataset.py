@@ -91,6 +91,14 @@ def read_meta(folder: Path) -> dict:
     if 'itos' in meta and 'vocabulary' not in meta:  # what published tooling calls it
         names = dict(enumerate(meta['itos'])) if isinstance(meta['itos'], list) else meta['itos']
         meta['vocabulary'] = [str(names.get(i, '?')) for i in range(meta.get('vocab_size', len(names)))]
+    words, image = meta.get('vocabulary', []), meta.get('image', [1, 1])
+    for key, right, wanted in (
+            ('vocabulary', isinstance(words, list) and all(isinstance(word, str) for word in words), 'a list of strings'),
+            ('image', isinstance(image, list) and [type(n) is int and n > 0 for n in image] == [True] * 2, '[rows, columns]'),
+            ('tokens', isinstance(meta.get('tokens', {}), dict), '{file: count}'),
+            ('sha256', isinstance(meta.get('sha256', {}), dict), '{file: checksum}')):  # fmt: skip
+        if not right:
+            raise ValueError(f'{folder}/meta.json: {key}={str(meta[key])[:40]} is not {wanted}')
     if 'vocabulary' in meta and len(meta['vocabulary']) != meta.get('vocab_size'):
         raise ValueError(f'{folder}/meta.json: vocabulary has {len(meta["vocabulary"])} entries, vocab_size is '
                          f'{meta.get("vocab_size")}; they must agree')
@@ -153,6 +161,9 @@ def open_tokens(path: str | Path, split: str = 'train') -> Tokens:
         promised = meta.get('tokens', {}).get(file.name, len(part))
         if promised != len(part):
             raise ValueError(f'{file}: {len(part)} tokens, meta.json promises {promised}; prepare or download it again')
+    for key in ('pad_id', 'bos'):
+        if (meta.get(key) or 0) > np.iinfo(parts[0].dtype).max:
+            raise ValueError(f'{files[0].parent}/meta.json: {key}={meta[key]}, but no {parts[0].dtype} token can be; correct one')
     return Tokens(tuple(files), tuple(parts), parts[0].dtype, meta.get('vocab_size'), meta.get('pad_id'))
 
 
@@ -189,8 +200,8 @@ def check_ids(tokens: Tokens, V: int) -> None:
     for file, start, ids in blocks(tokens):
         if ids.max() >= V:
             at = int(np.argmax(ids >= V))
-            raise ValueError(f'{file}: token {start + at} is {ids[at]}, but ids must lie below V={V}; set model.V to at '
-                             f'least {ids[at] + 1}, or check dtype in meta.json')
+            raise ValueError(f'{file}: token {start + at} is {ids[at]}, but ids must lie below V={V}; set '
+                             f'vocab_size in meta.json (model.V without one) to at least {ids[at] + 1}, or check its dtype')
 
 
 # ---------------------------------------------------------------- describing: python -m dataset
@@ -212,11 +223,11 @@ def entropy(counts: np.ndarray) -> float:
 
 
 def sequences(tokens: Tokens, length: int, bos: int | None, what: str | None = None):
-    """Yield the bytes of every document (where `bos` opens each), or of every block of `length` tokens."""
+    """Yield the bytes of every document (where `bos`, of uint8, opens each), or of every block of `length` tokens."""
     rest, size = b'', length * tokens.dtype.itemsize
     for _, _, ids in blocks(tokens, what):
         data = rest + ids.tobytes()
-        if bos is not None and tokens.dtype == np.uint8:
+        if bos is not None:
             *whole, rest = data.split(bytes([bos]))
             yield from filter(None, whole)
         else:
@@ -242,7 +253,7 @@ def decode(ids: np.ndarray, meta: dict) -> str:
     """Ids as a reader sees them: by the vocabulary, as a picture of characters, as text, or else as numbers."""
     if words := meta.get('vocabulary'):
         return ''.join(words[int(i)] for i in ids)
-    if 'image' in meta:
+    if 'image' in meta and ids.dtype == np.uint8:
         shades = np.array(list(' .:-=+*#%@'))[ids.astype(int) * 10 // 256].reshape(meta['image'])
         return '\n'.join(''.join(row) for row in shades[::2])  # a character is twice as high as wide
     text = ids.tobytes().decode('utf-8', 'replace') if ids.dtype == np.uint8 else ''
@@ -257,7 +268,7 @@ def starting_config(folder: Path, V: int, L: int, train: int, test: int) -> str:
     B = 1 << max(0, min(65536 // L, test // L, train // (100 * L)).bit_length() - 1)
     return f'''defaults: [default, _self_]
 arch: transformer
-ds_path: {folder}
+{OmegaConf.to_yaml({'ds_path': str(folder)}).strip()}
 T: {train // (B * L) * B * L}  # one pass
 T_eval: {min(2_048_000, test, max(B * L, train // 40)) // (B * L) * B * L}
 num_evals: 20
@@ -278,6 +289,10 @@ def describe(folder: Path, config: str | None) -> None:
         cfg = OmegaConf.merge(*map(OmegaConf.load, configs))
     meta, train, test = read_meta(folder), open_tokens(folder, 'train'), open_tokens(folder, 'test')
     L = cfg.model.L if config else int(np.prod(meta.get('image', 128)))
+    for tokens in (train, test):
+        if tokens.size < L:
+            raise ValueError(f'{tokens.files[0]}: {tokens.size} tokens are fewer than one sequence of {L}; more text is needed')
+    bos = meta.get('bos') if train.dtype == np.uint8 else None  # a byte to split at
     counts, words = {}, meta.get('vocabulary')
     for name, tokens in (('train', train), ('test', test)):
         counts[name], sums = histogram(tokens)
@@ -293,6 +308,8 @@ def describe(folder: Path, config: str | None) -> None:
     say(f'vocabulary: {size} ids{"" if train.vocab_size else " (by the largest: no meta.json says)"}, so V={V}')
     for tokens in (train, test):
         check_ids(tokens, size)
+    if bos is not None and not counts['train'][bos]:  # all of it would be one document, too large to hold
+        raise ValueError(f'{folder}/meta.json: bos={bos} never occurs in train; correct or delete it')
     if train.pad_id is not None:
         say(f'padding: id {train.pad_id}, {counts["train"][train.pad_id] / train.size:.2%} of train, carries no loss as a target')
         for c in counts.values():
@@ -302,8 +319,8 @@ def describe(folder: Path, config: str | None) -> None:
     say('most common: ' + ', '.join(f'{repr(words[i]) if words else i} {shares[i]:.1%}' for i in common))
     say(f'unigram entropy: {entropy(counts["train"]):.4f} nats a token of train, {entropy(counts["test"]):.4f} of test, '
         f'against ln V = {np.log(V):.4f}')
-    found, wanted = repeated(train, test, L, meta.get('bos'))
-    kind = 'documents' if meta.get('bos') is not None else f'blocks of {L} tokens'
+    found, wanted = repeated(train, test, L, bos)
+    kind = 'documents' if bos is not None else f'blocks of {L} tokens'
     say(f'repeated: {found:,} of {wanted:,} different test {kind} occur in train')
     say('test begins:', *decode(test.read(0, min(test.size, int(np.prod(meta.get('image', 300))))), meta).splitlines())
     if config is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 import dataset
 
@@ -22,7 +23,7 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
     path.write_bytes(header.tobytes() + np.asarray(tokens, '<u2').tobytes())
 
 
-def write_raw(folder, train=b'abcdefgh' * 100, test=b'abcd' * 50, **meta):
+def write_raw(folder, train=b'abcdefgh' * 100, test=b'abcd' * 100, **meta):
     (folder / 'train.bin').write_bytes(train)
     (folder / 'test.bin').write_bytes(test)
     if meta:
@@ -94,6 +95,14 @@ def fault(folder, name):
         write_raw(folder, tokens={'train.bin': 801})
     elif name == 'vocab':
         write_raw(folder, vocab_size='54')
+    elif name == 'words':
+        write_raw(folder, vocab_size=2, vocabulary=[1, 2])
+    elif name == 'image':
+        write_raw(folder, image=[32])
+    elif name == 'pad':
+        write_raw(folder, pad_id=300)
+    elif name == 'counts':
+        write_raw(folder, tokens=[800])
     elif name == 'json':
         (write_raw(folder) / 'meta.json').write_text('{"vocab_size": ')
     elif name == 'disagree':
@@ -110,6 +119,8 @@ def fault(folder, name):
     ('odd', '3 bytes are not a whole number of uint16'), ('empty', 'train.bin: is empty'),
     ('none', 'no train data; wanted train.bin'), ('half-made', 'half-made file'),
     ('dtype', "dtype='float32'"), ('count', '800 tokens, meta.json promises 801'),
+    ('words', 'vocabulary=[1, 2] is not a list of strings'), ('image', 'image=[32] is not [rows, columns]'),
+    ('pad', 'pad_id=300, but no uint8 token'), ('counts', 'tokens=[800] is not {file: count}'),
     ('vocab', "vocab_size='54'"), ('json', 'meta.json: cannot be read'), ('disagree', 'vocab_size is 256, but 54 in meta.pkl'),
     ('magic', 'magic number 20240520'), ('version', 'wanted version 1'), ('short', 'promises 10 uint16 tokens, it holds 9'),
 ])  # fmt: skip
@@ -172,6 +183,26 @@ def test_validator_finds_a_changed_byte(tmp_path):
     (tmp_path / 'train.bin').write_bytes(bytes([train[0] ^ 1]) + train[1:])
     with pytest.raises(ValueError, match='its SHA-256 is'):
         dataset.describe(tmp_path, None)
+
+
+def test_validator_refuses_what_no_model_can_be_trained_on(tmp_path):
+    with pytest.raises(ValueError, match='test.bin: 100 tokens are fewer than one sequence of 128'):
+        dataset.describe(write_raw(tmp_path, test=b'abcd' * 25), None)
+    with pytest.raises(ValueError, match='bos=255 never occurs in train'):
+        dataset.describe(write_raw(tmp_path, bos=255), None)
+
+
+@pytest.mark.parametrize('name', ['2024', 'my: #1', "Austen's"])
+def test_a_configuration_names_its_folder_whatever_that_is_called(tmp_path, name, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    dataset.describe(write_raw(Path(name)), None)
+    assert OmegaConf.create(capsys.readouterr().out).ds_path == name
+
+
+def test_documents_are_told_apart_by_a_byte_only(tmp_path, capsys):
+    dataset.describe(write_raw(tmp_path, bos=0, dtype='uint16'), None)
+    assert 'different test blocks of 128 tokens' in capsys.readouterr().out  # not documents: blocks were compared
 
 
 def test_validator_compares_with_a_configuration(tmp_path, capsys):
