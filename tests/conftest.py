@@ -12,6 +12,9 @@ import train
 
 CONFIGS = Path(config.__file__).parent / 'configs'
 
+# Most of what the tests wait for is the compiler, and their programs run for milliseconds. Subprocesses inherit it.
+os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
 # A run of 20 steps that takes milliseconds once compiled.
 SMALL_MLP = ('mlp', 'model.D=16', 'model.base_D=16', 'model.N=1', 'opt.B=32', 'opt.lr=0.003', 'opt.readout_lr_mult=1', 'T=640',
              'T_eval=64', 'num_evals=6', 'wandb_mode=disabled')
@@ -21,7 +24,7 @@ SMALL_TRANSFORMER = ('chess', 'model.D=32', 'model.base_D=32', 'model.dh=16', 'm
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache():
-    """Most of what the tests wait for is the compiler: its programs are kept from one test run to the next, in .jax_cache/."""
+    """Compiled programs are kept from one test run to the next, in .jax_cache/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XDG_CACHE_HOME', str(CONFIGS.parent / '.jax_cache'))
         train.enable_compilation_cache()
