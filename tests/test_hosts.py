@@ -59,10 +59,8 @@ def on_devices(tokens, tmp_path_factory):
             jax.devices = lambda n=n: devices[:n]
             train.train(resolve(f'run_dir={out}/{name}', *more))
         jax.devices = lambda: devices
-        memory = {}
-        for name, n, sharded in (('whole', 1, False), ('sharded', 8, True)):
-            run = resolve('model.D=256', 'model.base_D=256', 'model.dh=64', f'model.fsdp_enabled={sharded}')
-            memory[name] = dry_run.measure(run, dry_run.stand_in(run), train.programs, train.peak_rates, devices[:n])
+        run = resolve('model.D=256', 'model.base_D=256', 'model.dh=64', 'model.fsdp_enabled=true')
+        memory = dry_run.measure(run, dry_run.stand_in(run), train.programs, train.peak_rates, devices)
         json.dump(memory, open(f'{out}/memory.json', 'w'))
         ''', ROOT / 'configs', folder, tokens, *WORK[2:])
     found = {path.name: losses(path) for path in folder.iterdir() if path.is_dir()}
@@ -83,10 +81,8 @@ def test_devices_compute_what_one_does(on_devices, name):
 def test_sharding_over_eight_leaves_a_sixth_at_most_on_each(on_devices):
     """Of parameters and moments, from XLA's report: all that a training step is given, data and probe included."""
     _, memory = on_devices
-    whole = memory['whole']['parameters'] + memory['whole']['moments']
-    assert whole == pytest.approx(3 * 4 * (2 * 64 * 256 + 16 * 256 + 6 * 256**2), rel=1e-4)  # p floats, and two moments each
-    assert memory['sharded']['arguments'] <= whole / 6
-    assert memory['whole']['arguments'] > whole  # the control
+    whole = 3 * 4 * (2 * 64 * 256 + 16 * 256 + 6 * 256**2)  # p floats, and two moments each
+    assert whole / 9 < memory['arguments'] <= whole / 6
 
 
 def free_port():
