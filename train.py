@@ -33,7 +33,6 @@ import mirror
 import model as models
 import optimizer
 import record
-from figures import watch
 
 STRETCH_SECONDS = 1.0  # the device runs alone this long: host costs vanish, the bar moves and a signal is answered
 PROBE_ENTRIES = 1 << 24  # features (or logits) kept between evaluations, for their change: 64 MB at most
@@ -214,7 +213,11 @@ def train_together(run, task, seeds, on_steps):
     """Trains these seeds of a run, fused, in folders that are theirs."""
     begin = time.monotonic()
     summaries = []
-    look = watch.follow(run.watch, run.derived.num_params, run.derived.compute) if run.watch else None
+    look = None
+    if run.watch:
+        from figures import watch  # SciPy and a ladder's fit: only a run that watches itself waits for them
+
+        look = watch.follow(run.watch, run.derived.num_params, run.derived.compute)
     program = programs(run, task)
     test = hosts.place_whole(task.test, program.test_sharding)
     state, evaluated = newest_state(run, program, seeds, test)

@@ -333,6 +333,7 @@ def schedule_laws(curves, fits, fitted, most=6):
     axes[0, 0].set_ylabel('loss')
     axes[1, 0].set_ylabel('predicted − measured\n(grey: learning rate)')
     axes[0, 0].legend(fontsize=6.5)
+    return figure
 
 
 # ---- forecast and watch --------------------------------------------------------------------------------------------
