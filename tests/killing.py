@@ -21,7 +21,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def kill_at_random(script, arguments, out: Path, want: dict[str, str], kills: int, seconds: float, seed: int = 0) -> int:
-    """Start the script and kill it up to `seconds` later until `kills` have hit it at work; then let it finish.
+    """Start the script and kill it up to `seconds` after it begins work, until `kills` have hit it at work; then let it finish.
 
     Asserts that whatever stands under its final name after a kill, and all of it in the end, is what `want` (checksums of an
     uninterrupted run) says. A run that finishes first is wiped, so that the next begins afresh. Returns the runs it took.
@@ -29,7 +29,9 @@ def kill_at_random(script, arguments, out: Path, want: dict[str, str], kills: in
     rng, hits, runs = random.Random(seed), 0, 0
     while hits < kills:
         process = subprocess.Popen([sys.executable, HERE / script, *map(str, arguments)], stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.05, 1) * seconds)
+        while process.poll() is None and not (out / '.preparing').exists():  # the first kill meets it at work, not importing
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1) * seconds)
         killed, runs = process.poll() is None, runs + 1
         hits += killed
         process.kill()

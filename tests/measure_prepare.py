@@ -109,6 +109,7 @@ def kills(folder: Path):
             make_images.write_part(part, 50_000, seed=i)
     for script, inputs in (('prepare_chess.py', chess_inputs(folder, 1)[:4]), ('prepare_cifar5m.py', parts)):
         out, reference = folder / 'out-killed', folder / 'out-reference'
+        subprocess.run(['rm', '-rf', out, reference], check=True)  # a whole one would end at once
         started = time.time()
         ran = killing.run(script, *inputs, '--out', reference)
         assert ran.returncode == 0, ran.stderr
