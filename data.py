@@ -81,15 +81,18 @@ def fourier_modes():
     Gaussian weights, phases π/2 or 0. k and -k are one mode, and a cosine and a sine of one k add to a single shifted cosine.
     """
     n = 10_000
-    with jax.threefry_partitionable(True):  # the other setting draws another function
+
+    @jax.jit  # one program to compile instead of forty
+    def draws():
         magnitudes, directions, weights, phases = jax.random.split(jax.random.PRNGKey(42), 4)
-        r = (1 - jax.random.uniform(magnitudes, (n,))) ** -0.5
-        direction = jax.random.normal(directions, (n, 8))
-        k = jnp.round(r[:, None] * direction / jnp.linalg.norm(direction, axis=1, keepdims=True))
-        w = jax.random.normal(weights, (n,))
-        w = np.asarray(w / jnp.linalg.norm(w), np.float64)
-        shifted = np.asarray(jax.random.bernoulli(phases, 0.5, (n,)))  # cos(a + π/2) = -sin a
-    k = np.asarray(k, int)
+        return (jax.random.uniform(magnitudes, (n,)), jax.random.normal(directions, (n, 8)), jax.random.normal(weights, (n,)),
+                jax.random.bernoulli(phases, 0.5, (n,)))
+
+    with jax.threefry_partitionable(True):  # the other setting draws another function
+        u, direction, w, shifted = map(np.asarray, draws())
+    r = (1 - u) ** np.float32(-0.5)
+    k = np.rint(r[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)).astype(int)
+    w = (w / np.linalg.norm(w)).astype(np.float64)
     first = k[np.arange(n), np.argmax(k != 0, axis=1)]
     sign = np.where(first < 0, -1, 1)
     k, which = np.unique(k * sign[:, None], axis=0, return_inverse=True)

@@ -133,8 +133,10 @@ def programs(run, task, devices=None) -> Programs:
     everywhere = NamedSharding(mesh, PartitionSpec())
     init = fused(init, key=0, test=None)
     state_homes = jax.tree.map(home, jax.eval_shape(init, jax.random.split(jax.random.key(0), 2), task.test))
+    # Random draws take the CPU's compiler seconds to optimise, and run once.
+    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     return Programs(
-        init=jax.jit(init, out_shardings=state_homes),
+        init=jax.jit(init, out_shardings=state_homes, compiler_options=quick),
         train=jax.jit(train, donate_argnums=0, out_shardings=state_homes),
         evaluate=jax.jit(fused(evaluate, state=0, peak_lrs=None, test=None), donate_argnums=0,
                          out_shardings=(state_homes, everywhere)),

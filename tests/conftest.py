@@ -13,7 +13,8 @@ import train
 CONFIGS = Path(config.__file__).parent / 'configs'
 
 # Most of what the tests wait for is the compiler, and their programs run for milliseconds. Subprocesses inherit it.
-os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+COMPILE_QUICKLY = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_QUICKLY}".strip()
 
 # A run of 20 steps that takes milliseconds once compiled.
 SMALL_MLP = ('mlp', 'model.D=16', 'model.base_D=16', 'model.N=1', 'opt.B=32', 'opt.lr=0.003', 'opt.readout_lr_mult=1', 'T=640',

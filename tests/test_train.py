@@ -193,17 +193,13 @@ def test_an_accumulated_batch_is_the_full_batch(small_transformer, padded_folder
     assert max(jax.tree.leaves(moved)) > 0.01
     # float32 sums in another order: some 1e-6 of a gradient of order 0.1, three times
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.params(), pieces.params())
-    a, b = whole.evaluate(), pieces.evaluate()
-    for k in ('test_loss', 'train_loss', 'Bgvar', 'Buvar', 'g2_mean', 'umean2'):
-        np.testing.assert_allclose(a[k], b[k], rtol=1e-4, err_msg=k)
-
     # By hand, from the model's outputs: the mean over the targets that count, whichever of the test batches they are in.
     forward = jax.jit(lambda params, x: nnx.merge(models.structure('transformer', whole.run.model)[0], params)(x)[0])
     x = whole.task.test.x.reshape(-1, 16)
     f = np.asarray(forward(whole.params(), x), np.float64)
     losses = [np.log(np.exp(f[row, s]).sum()) - f[row, s, x[row, s + 1]]
               for row in range(len(x)) for s in range(15) if x[row, s + 1] != 0]
-    assert a['test_loss'][0] == pytest.approx(np.mean(losses), rel=1e-5)  # float32 logits
+    assert pieces.evaluate()['test_loss'][0] == pytest.approx(np.mean(losses), rel=1e-5)  # float32 logits
 
     # The control: pieces count differently, and a mean of their means is another number.
     counts = np.asarray(jax.jit(whole.task.batch)(whole.raw[0]).weight).reshape(4, -1).sum(1)
