@@ -50,7 +50,8 @@ def session(overrides, stop_at, begun, done):
 
     def on_steps(steps, shown):
         if begun.value < 0:
-            done.value = begun.value = steps
+            begun.value = steps
+            done.value = steps
         else:
             done.value += steps
         if done.value == stop_at:
@@ -65,7 +66,7 @@ def session(overrides, stop_at, begun, done):
 
 
 def start(overrides, stop_at=-1):
-    begun, done = fork.Value('l', -1), fork.Value('l', -1)
+    begun, done = fork.Value('l', -1), fork.Value('l', -1)  # -1: not there yet
     child = fork.Process(target=session, args=(overrides, stop_at, begun, done))
     child.start()
     return child, begun, done
@@ -77,7 +78,7 @@ def end_at_random(overrides, number, kills, steps, rng):
     ends, reached = [], None
     while True:
         child, begun, done = start(overrides, steps)
-        while begun.value < 0 and child.is_alive():
+        while done.value <= begun.value and child.is_alive():  # it starts, restores and compiles
             time.sleep(0.001)
         if reached is not None:
             ends.append((reached, begun.value))
@@ -156,7 +157,7 @@ def main():
     parser.add_argument('what', nargs='*', default=list(WORK))
     parser.add_argument('--kills', type=int, default=25)
     parser.add_argument('--signal', default='SIGKILL')
-    parser.add_argument('--steps', type=int, default=20_000)
+    parser.add_argument('--steps', type=int, default=8_000)
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     for name in args.what:

@@ -210,6 +210,21 @@ def test_depth_scales_the_branches(cfg_of, arch, factor):
     np.testing.assert_allclose(step[True], factor * step[False], atol=1e-5 * abs(step[True]).max())  # one float32 addition of h
 
 
+def test_attention_in_pieces_is_attention():
+    """Value and gradients, over 200 positions in pieces of 64 and a rest, with the largest scores there are (q = k)."""
+    q, k, v, g = (jax.random.normal(key, (2, 200, 2, 16)) for key in jax.random.split(jax.random.key(0), 4))
+    q, k = models.rms_norm(q), models.rms_norm(k)
+    k = k.at[:, 150].set(q[:, 170])
+
+    def value_and_gradients(attention):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(attention(*a) * g), argnums=(0, 1, 2)))(q, k, v)
+
+    ours = value_and_gradients(models.causal_attention)
+    whole = value_and_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
+    # float32 sums of 200 terms of order 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, whole)
+
+
 # Causality
 
 def test_no_gradient_from_the_future(cfg_of):
