@@ -110,11 +110,11 @@ class Run(Config):
         return self.seeds if self.seeds is not None else [self.seed]
 
 
-def resolve(cfg, vocab_size=None, devices=1) -> Run:
+def resolve(cfg, vocab_size=None) -> Run:
     """Checks a composed config and derives the rest.
 
     cfg: mapping with the keys of configs/default.yaml. vocab_size: the data set's own (see data.vocab_size), rounded up to a
-    multiple of 32 it takes the place of model.V. devices: how many a batch is spread over. Raises ConfigError.
+    multiple of 32 it takes the place of model.V. Raises ConfigError.
     """
     try:
         cfg = _nulls(cfg)
@@ -143,9 +143,6 @@ def resolve(cfg, vocab_size=None, devices=1) -> Run:
     if cfg.T_eval // tokens_per_step < 1:
         raise ConfigError(f'T_eval={cfg.T_eval} is less than one test batch of opt.B·model.L={tokens_per_step}; '
                           f'set T_eval to at least {tokens_per_step}')
-    if (o.B // microbatches) % devices:
-        raise ConfigError(f'opt.B={o.B} in {microbatches} piece(s) cannot be spread evenly over {devices} devices; set opt.B to a '
-                          f'multiple of {devices * microbatches}')
     warmup_steps = int(o.warmup_tokens // tokens_per_step)
     if warmup_steps >= steps:
         raise ConfigError(f'opt.warmup_tokens={o.warmup_tokens:.6g} covers all of the T={T:.6g} tokens; lower it or raise T')

@@ -117,15 +117,19 @@ def cos_turns(t):
 
 
 def fourier_target(x, modes):
-    """y [B] of inputs x [B, 8], in pieces of 512 rows: their [512, M] table of cosines fits in a cache."""
+    """y [B] of inputs x [B, 8], in pieces of some 512 rows: their [512, M] table of cosines fits in a cache. A piece takes rows
+    from all over the batch, so that devices that share the batch share every piece."""
     k, amplitude, phase = modes
     k_and_phase = np.vstack([k, phase])
 
-    def one(x):  # [8] -> scalar
-        turns = jnp.matmul(jnp.append(x, 1.0), k_and_phase, precision='float32')  # the phase rides in the matrix product
-        return jnp.matmul(cos_turns(turns), amplitude, precision='float32')
+    def piece(x):  # [rows, 8] -> [rows]
+        x = jnp.pad(x, ((0, 0), (0, 1)), constant_values=1)  # the phase rides in the matrix product
+        return jnp.matmul(cos_turns(jnp.matmul(x, k_and_phase, precision='float32')), amplitude, precision='float32')
 
-    return jax.lax.map(one, x, batch_size=512)
+    B = len(x)
+    pieces = max(n for n in range(1, max(1, B // 512) + 1) if B % n == 0)
+    y = jax.lax.map(piece, x.reshape(-1, pieces, 8).swapaxes(0, 1))
+    return y.swapaxes(0, 1).reshape(B)
 
 
 def fourier_task(run) -> Task:

@@ -1,8 +1,9 @@
-"""Several processes that train one run together, through jax.distributed: joining them, and agreeing on what their loops do next.
+"""The devices that train a run, and the processes that hold them: cores, joining through jax.distributed, agreeing on what is next.
 
-Each has the devices of its own machine, reads its rows of every batch, and computes on the mesh of all; only the first writes
-records. What they compute is train.py's.
+Each process has the devices of its own machine, reads its rows of every batch, and computes on the mesh of all; only the first
+writes records. What they compute is train.py's.
 """
+import functools
 import importlib.util
 import os
 
@@ -25,6 +26,42 @@ def join(num_processes=None, process_id=None, coordinator=None, alone=False):
         if num_processes is not None or slurm:
             raise ValueError(f'num_processes={num_processes}: {error} Set coordinator=HOST:PORT, num_processes and process_id=0 …, '
                              'or num_processes=1') from error
+
+
+def each_core_a_device():
+    """Makes every core of a CPU a device, as $JAX_NUM_CPU_DEVICES does: alone on its rows of a batch, a core waits for the others
+    once a step and not at each operation. To be called before JAX is used."""
+    if 'JAX_NUM_CPU_DEVICES' not in os.environ and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        jax.config.update('jax_num_cpu_devices', cores)
+
+
+def devices(B, pieces=1) -> list:
+    """The devices that a batch of B examples, taken in so many pieces, is spread over: all there are, or of the cores of a CPU as
+    many as it divides among. Raises ValueError."""
+    found = jax.devices()
+    if jax.default_backend() == 'cpu' and jax.process_count() == 1:
+        return found[:max(n for n in range(1, len(found) + 1) if B // pieces % n == 0)]
+    if B // pieces % len(found):
+        raise ValueError(f'opt.B={B} in {pieces} piece(s) cannot be spread evenly over {len(found)} devices; set opt.B to a '
+                         f'multiple of {len(found) * pieces}')
+    return found
+
+
+@functools.cache
+def compiler_options(count) -> dict:
+    """For a program on so many devices: where they are the cores of a CPU, each computes with one thread."""
+    if count == 1 or jax.default_backend() != 'cpu':
+        return {}
+
+    def known(option):  # they differ between versions
+        try:
+            jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
+            return True
+        except jax.errors.JaxRuntimeError:
+            return False
+
+    return dict(filter(known, [('xla_cpu_multi_thread_eigen', False), ('xla_cpu_experimental_ynn_fusion_type', '')]))
 
 
 def first() -> bool:

@@ -119,7 +119,8 @@ def programs(run, task, devices=None) -> Programs:
                    'h': rms(h), 'f': rms(f), 'dh': rms(h - state.probe[0]), 'df': rms(f - state.probe[1])}
         return state._replace(loss_sum=jnp.float32(0), loss_count=jnp.int32(0), probe=(h, f)), metrics
 
-    mesh = jax.sharding.Mesh(devices or jax.devices(), ('data',))
+    devices = devices or hosts.devices(run.opt.B, run.derived.microbatches)
+    mesh = jax.sharding.Mesh(devices, ('data',))
     per_seed = [None] * task.per_seed  # axes in front of a batch's examples
 
     def over_devices(axes_before):
@@ -133,13 +134,14 @@ def programs(run, task, devices=None) -> Programs:
     everywhere = NamedSharding(mesh, PartitionSpec())
     init = fused(init, key=0, test=None)
     state_homes = jax.tree.map(home, jax.eval_shape(init, jax.random.split(jax.random.key(0), 2), task.test))
+    options = hosts.compiler_options(mesh.size)
     # Random draws take the CPU's compiler seconds to optimise, and run once.
     quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     return Programs(
         init=jax.jit(init, out_shardings=state_homes, compiler_options=quick),
-        train=jax.jit(train, donate_argnums=0, out_shardings=state_homes),
+        train=jax.jit(train, donate_argnums=0, out_shardings=state_homes, compiler_options=options),
         evaluate=jax.jit(fused(evaluate, state=0, peak_lrs=None, test=None), donate_argnums=0,
-                         out_shardings=(state_homes, everywhere)),
+                         out_shardings=(state_homes, everywhere), compiler_options=options),
         raw_sharding=over_devices([None, *per_seed]) if task.in_rows else everywhere,
         test_sharding=over_devices([None]),
         state_homes=state_homes)
@@ -164,7 +166,8 @@ def evaluation_points(num_evals, steps):
 
 @functools.cache
 def matmul_rate(dtype='float32'):
-    """FLOP/s of this machine's matrix product, [2048, 2048]·[2048, 2048], best of five: the limit speeds are a share of."""
+    """FLOP/s of the matrix product [2048, 2048]·[2048, 2048] of all devices together (all cores of a CPU), best of five: the limit
+    that speeds are a share of."""
     a = jnp.ones((2048, 2048), dtype)
     multiply = jax.jit(jnp.matmul)
     multiply(a, a).block_until_ready()
@@ -173,7 +176,7 @@ def matmul_rate(dtype='float32'):
         start = time.perf_counter()
         multiply(a, a).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * 2048**3 / min(seconds) * (jax.process_count() if jax.default_backend() == 'cpu' else jax.device_count())
 
 
 @contextmanager
@@ -387,8 +390,9 @@ def run_config(cfg):
     if run.dry_run:
         jax.config.update('jax_num_cpu_devices', 8)
     else:
+        hosts.each_core_a_device()
         hosts.join(run.num_processes, run.process_id, run.coordinator, alone=bool(mirror.agents_run()))
-        run = config.resolve(cfg, vocab_size, jax.device_count())
+        hosts.devices(run.opt.B, run.derived.microbatches)
     d = run.derived
     print(f'p = {d.num_params:,} parameters, {d.steps:,} steps, {d.steps * d.tokens_per_step:,} tokens, '
           f'C = {d.compute:.4g} FLOPs, seeds {run.all_seeds}')

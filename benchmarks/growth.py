@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
+import hosts
 import train
 from benchmarks import run
 from figures import style
@@ -33,6 +34,7 @@ def panel(ax, x, rows, label):
 
 
 def main():
+    hosts.each_core_a_device()
     train.enable_compilation_cache()
     work = [[f'model.D={D}', 'opt.B=4096'] for D in WIDTHS] + [['model.D=128', f'opt.B={B}'] for B in BATCHES]
     rows = [run.measure('mlp', 1, [*run.MLP, 'T_eval=32768', *w]) for w in tqdm(work, desc='growth', file=sys.stderr)]

@@ -20,10 +20,12 @@ import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import config
 import data
+import hosts
 import optimizer
 import train
 
@@ -79,9 +81,12 @@ def measure_run(run):
     evaluate = program.evaluate.lower(state, peak_lrs, test).compile()
     compile_seconds = time.perf_counter() - start
 
+    mesh = program.test_sharding.mesh
+    share, rows_shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (['data'], [None, 'data']))
+
     def batches(raw, n):  # the training batches alone, each reduced to a number so that it is really made
         def add(i, total):
-            batch = task.batch(jax.tree.map(lambda a: a[i], raw))
+            batch = jax.lax.with_sharding_constraint(task.batch(jax.tree.map(lambda a: a[i], raw)), share)
             return total + sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(batch))
         return jax.lax.fori_loop(0, n, add, jnp.float32(0))
 
@@ -101,8 +106,9 @@ def measure_run(run):
             return x
         return jax.lax.fori_loop(0, n, one, x)
 
-    make, update, multiply = jax.jit(batches), jax.jit(updates), jax.jit(products)
-    rows = jnp.ones((S, run.derived.tokens_per_step, 1))
+    options = hosts.compiler_options(mesh.size)
+    make, update, multiply = (jax.jit(part, compiler_options=options) for part in (batches, updates, products))
+    rows = jax.device_put(jnp.ones((S, run.derived.tokens_per_step, 1)), rows_shared)
     state = jax.block_until_ready(step(state, peak_lrs, raw, s, np.int32(0), np.int32(2)))
     state, seconds = timed(lambda: step(state, peak_lrs, raw, s, np.int32(0), np.int32(3)))
     n = int(np.clip(3 * SECONDS / seconds, 1, task.block_steps))
@@ -187,6 +193,7 @@ def main():
     parser.add_argument('--only', default='', help='rows whose description matches this pattern, e.g. "mlp.*D=64$"')
     parser.add_argument('--json', help='write the rows to this file')
     args = parser.parse_args()
+    hosts.each_core_a_device()
     train.enable_compilation_cache()
     work = [w for w in grid() if re.search(args.only, f"{w[0]} ×{w[1]} {' '.join(w[2])}")]
     rows = [measure(*w) for w in tqdm(work, desc='bench', file=sys.stderr)]

@@ -97,7 +97,8 @@ def expand(name, axes, data_needed=True):
             OmegaConf.update(cfg, key, value)
         swept = {key: value for key, value in zip(axes, values, strict=True) if len(axes[key]) > 1}
         try:
-            run = config.resolve(cfg, data.vocab_size(cfg.ds_path, data_needed), jax.device_count())
+            run = config.resolve(cfg, data.vocab_size(cfg.ds_path, data_needed))
+            hosts.devices(run.opt.B, run.derived.microbatches)
             todo = [seed for seed in run.all_seeds if (record.ended(run, seed) or {}).get('state') != 'finished']
         except ValueError as error:
             where = ' '.join(f'{key}={value}' for key, value in swept.items()) or name
@@ -176,6 +177,7 @@ def main(argv=None):
     parser.add_argument('--dry-run', action='store_true', help='print the table of runs and train none')
     arguments = parser.parse_intermixed_args(argv)
     with train.one_line_errors():
+        hosts.each_core_a_device()
         hosts.join(alone=arguments.dry_run)
         name, axes = read_sweep(arguments.sweep)
         points = expand(name, axes | dict(map(read_override, arguments.overrides)), data_needed=not arguments.dry_run)

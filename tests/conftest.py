@@ -12,8 +12,10 @@ import train
 
 CONFIGS = Path(config.__file__).parent / 'configs'
 
-# Most of what the tests wait for is the compiler, and their programs run for milliseconds. Subprocesses inherit it.
+# Most of what the tests wait for is the compiler, and their programs run for milliseconds. One device, unless a test says
+# otherwise. Subprocesses inherit it.
 COMPILE_QUICKLY = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+os.environ['JAX_NUM_CPU_DEVICES'] = '1'
 os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_QUICKLY}".strip()
 
 # A run of 20 steps that takes milliseconds once compiled.

@@ -240,9 +240,3 @@ def test_the_program_prints_that_line_and_exits_with_an_error(arguments, named, 
     assert done.returncode == 1 and done.stdout == ''
     assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1 and named in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_batch_must_spread_over_the_devices(resolve):
-    assert resolve('mlp', 'opt.B=96', devices=8).opt.B == 96
-    with pytest.raises(config.ConfigError, match='opt.B=100 .* 8 devices; set opt.B to a multiple of 8'):
-        resolve('mlp', 'opt.B=100', devices=8)

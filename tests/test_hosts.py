@@ -115,3 +115,13 @@ def test_a_process_reads_its_rows(monkeypatch):
         monkeypatch.setattr(hosts.jax, 'process_index', lambda i=i: i)
         rows += range(16)[hosts.rows(16)]
     assert rows == list(range(16))
+
+
+def test_a_batch_spreads_over_all_devices_or_over_some_of_the_cores(monkeypatch):
+    monkeypatch.setattr(hosts.jax, 'devices', lambda: list(range(8)))
+    assert [len(hosts.devices(B)) for B in (96, 100, 7, 3)] == [8, 5, 7, 3]
+    assert len(hosts.devices(96, pieces=4)) == 8 and len(hosts.devices(96, pieces=8)) == 6
+    monkeypatch.setattr(hosts.jax, 'default_backend', lambda: 'gpu')
+    assert len(hosts.devices(96)) == 8
+    with pytest.raises(ValueError, match='opt.B=100 .* 8 devices; set opt.B to a multiple of 8'):
+        hosts.devices(100)

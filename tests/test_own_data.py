@@ -21,6 +21,7 @@ def test_own_data_walk_through(tmp_path):
     shutil.copytree(HERE / 'configs', tmp_path / 'configs')
     (tmp_path / 'book.txt').write_text(Path(pydoc_data.topics.__file__).read_text()[:220_000])  # English, and everywhere
     env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'WANDB_MODE': 'disabled'}
+    del env['JAX_NUM_CPU_DEVICES']  # as many as the machine has cores
     ran = subprocess.run(['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=env, capture_output=True, text=True,
                          timeout=300)
     assert ran.returncode == 0, ran.stderr
