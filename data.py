@@ -177,7 +177,7 @@ def token_task(run, seeds, rows) -> Task:
         if not run.shuffle:  # in file order, round and round
             return train.read(k * M * B * L, M * B * L).reshape(M, B, L)[:, rows]
         steps = np.arange(k * M, (k + 1) * M)
-        order = [np.asarray(drawn_blocks(seed, steps, num_blocks)) for seed in seeds]
+        order = [drawn_blocks(seed, steps, num_blocks).tolist() for seed in seeds]  # b·B·L may be over 2^31
         return np.stack([[train.read(b * B * L, B * L).reshape(B, L)[rows] for b in drawn] for drawn in order], 1)  # [M, S, B, L]
 
     def batch(tokens):

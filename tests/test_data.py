@@ -1,4 +1,6 @@
 """The power-law task against a naive construction of the published stream, and batches from token files against plain slices."""
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +175,19 @@ def test_shuffled_blocks_depend_on_seed_and_step_alone(write_tokens, open_small)
     np.testing.assert_array_equal(ordered.block(0)[:78, 0, 0], np.tile(np.arange(39), 2))  # the control: file order
     step_100 = data.drawn_blocks(1, np.array([100]), 39)
     assert step_100[0] == order[100, 1]
+
+
+def test_shuffled_blocks_beyond_two_billion_tokens(write_tokens, open_small):
+    """Their positions do not fit in the 32 bits of a block's number. The file is sparse: it takes no room."""
+    folder = write_tokens()
+    os.truncate(folder / 'train.bin', 5 << 30)
+    drawn = np.asarray(data.drawn_blocks(0, np.arange(100), (5 << 30) // 128))
+    step = int(np.argmax(drawn > (4 << 30) // 128))
+    with open(folder / 'train.bin', 'r+b') as file:
+        file.seek(int(drawn[step]) * 128)
+        file.write(bytes(range(100, 228)))
+    _, task = open_small(folder, 'shuffle=true', 'model.V=256')
+    np.testing.assert_array_equal(task.block(0)[step, 0].ravel(), np.arange(100, 228))
 
 
 @pytest.mark.parametrize('meta, published', [(None, False), ({'pad_id': 0}, False), ({'pad_id': 5}, False), ({'pad_id': 0}, True)])
