@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 FAULTS = (ValueError, OSError)  # what Orbax raises for a full disk, a damaged or a missing file
+DAMAGE = (*FAULTS, KeyError, TypeError)  # and for a name in its JSON that a flipped bit made another
 
 
 def _orbax():
@@ -86,7 +87,7 @@ def restore(folders, step, like):
             found = _manager(folder).restore(step, args=wanted)
             if _checksum(found['state']) != found['sum']:
                 raise ValueError('its checksum is another')
-        except FAULTS as error:
+        except DAMAGE as error:
             warn(f'{folder}/checkpoints/{step} is damaged ({_brief(error)}); going on from the one before')
             return None
         states.append(found['state'])

@@ -99,6 +99,14 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(stopped, straig
     assert f'{folder}/checkpoints/40 is damaged' in warning and '\n' not in warning
 
 
+def test_a_bit_in_the_name_of_a_field_is_damage_too(stopped, straight):
+    run, folder = stopped
+    (metadata,) = (folder / 'checkpoints' / '40').rglob('_METADATA')
+    metadata.write_text(metadata.read_text().replace('"key_metadata"', '"kez_metadata"', 1))
+    assert went_on_from(run) == 20
+    assert (folder / 'history.jsonl').read_text() == straight
+
+
 def test_no_good_checkpoint_starts_over(stopped, straight):
     run, folder = stopped
     for step in ('20', '40'):
