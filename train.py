@@ -82,7 +82,8 @@ def programs(run, task, devices=None) -> Programs:
         if n == 1:
             total, weight, g = piece(batch)
         else:
-            pieces = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), batch)
+            # Every n-th example, not B/n in a row, so that each device has its share of each piece and no other's.
+            pieces = jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:]).swapaxes(0, 1), batch)
             zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(piece, jax.tree.map(lambda a: a[0], pieces)))
             (total, weight, g), _ = jax.lax.scan(lambda acc, b: (jax.tree.map(jnp.add, acc, piece(b)), None), zero, pieces)
         return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1), g)  # weight 0: nothing counts, the gradient is 0

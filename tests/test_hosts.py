@@ -38,8 +38,9 @@ def python(program, *arguments):
 
 @pytest.fixture(scope='module')
 def on_devices(tokens, tmp_path_factory):
-    """{name: losses} of one run on one virtual device, and sharded over 8, in a process of their own; and what XLA says of the
-    memory of a larger one. (measure_hosts.py does it on 2, 4 and 8 devices, and on 2 and 4 processes.)"""
+    """{name: losses} of one run on one virtual device, and sharded over 8, in a process of their own; what XLA says of the memory
+    of a larger one; and of a step's FLOPs on one device and on each of eight, the batch in two pieces. (measure_hosts.py trains on
+    2, 4 and 8 devices, and on 2 and 4 processes.)"""
     folder = tmp_path_factory.mktemp('devices')
     python('''
         import json, sys
@@ -60,11 +61,16 @@ def on_devices(tokens, tmp_path_factory):
             train.train(resolve(f'run_dir={out}/{name}', *more))
         jax.devices = lambda: devices
         run = resolve('model.D=256', 'model.base_D=256', 'model.dh=64', 'model.fsdp_enabled=true')
-        memory = dry_run.measure(run, dry_run.stand_in(run), train.programs, train.peak_rates, devices)
-        json.dump(memory, open(f'{out}/memory.json', 'w'))
+
+        def measure(run, devices):
+            return dry_run.measure(run, dry_run.stand_in(run), train.programs, train.peak_rates, devices)
+
+        json.dump(measure(run, devices), open(f'{out}/memory.json', 'w'))
+        run = resolve('opt.B_max=8')
+        json.dump([measure(run, devices[:n])['step_flops'] for n in (1, 8)], open(f'{out}/flops.json', 'w'))
         ''', ROOT / 'configs', folder, tokens, *WORK[2:])
     found = {path.name: losses(path) for path in folder.iterdir() if path.is_dir()}
-    return found, json.loads((folder / 'memory.json').read_text())
+    return found, *(json.loads((folder / f'{name}.json').read_text()) for name in ('memory', 'flops'))
 
 
 # float32 sums over a batch in another order: some 1e-7 a step, over 40 steps
@@ -72,16 +78,22 @@ CLOSE = 2e-5
 
 
 def test_eight_devices_that_share_the_state_compute_what_one_does(on_devices):
-    found, _ = on_devices
+    found, *_ = on_devices
     assert found['sharded'] == pytest.approx(found['1'], rel=CLOSE)
     assert found['1'][-1] < 0.99 * found['1'][0]  # it learns: random tokens by how common they are, and by heart
 
 
 def test_sharding_over_eight_leaves_a_sixth_at_most_on_each(on_devices):
     """Of parameters and moments, from XLA's report: all that a training step is given, data and probe included."""
-    _, memory = on_devices
+    _, memory, _ = on_devices
     whole = 3 * 4 * (2 * 64 * 256 + 16 * 256 + 6 * 256**2)  # p floats, and two moments each
     assert whole / 9 < memory['arguments'] <= whole / 6
+
+
+def test_eight_devices_share_each_piece_of_a_batch(on_devices):
+    """XLA's count on one device: an eighth of the examples' FLOPs, and all of the update of the weights, which is small."""
+    *_, (alone, shared) = on_devices
+    assert alone / 9 < shared < alone / 5  # two devices that do the same work would make it a quarter
 
 
 def free_port():
