@@ -70,6 +70,20 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def keep_common(group):
+    """Waits until what these Checkpoints of a group have begun is on disk, and removes each that another could not save: the group
+    cannot go on from it, and it would push out one that they all have. Not with several processes, which may see other folders."""
+    if len(group) < 2 or jax.process_count() > 1:
+        return
+    for one in group:
+        one.wait()
+    common = steps([one.folder.parent for one in group])
+    for one in group:
+        for step in steps([one.folder.parent]):
+            if one.manager is not None and step not in common:
+                one.manager.delete(step)
+
+
 def steps(folders) -> list[int]:
     """The steps that every one of the folders holds a checkpoint of, newest first."""
     found = [{int(path.name) for path in folder.glob('checkpoints/*') if path.name.isdigit()} for folder in folders]

@@ -256,6 +256,7 @@ def train_together(run, task, seeds, on_steps):
             summaries.append(records.pop(i).close(outcome, **so_far(), **of_session))
 
         def save():
+            checkpoint.keep_common([one.checkpoints for one in records.values()])
             for i, one in records.items():
                 one.save(step, jax.tree.map(lambda a, i=i: a[i], state), **so_far())
 

@@ -147,6 +147,24 @@ def test_a_disk_that_takes_no_checkpoint_does_not_end_the_training(stopped, smal
     assert len(warnings) > 3 and all('no checkpoint could be saved' in line for line in warnings)
 
 
+def test_a_seed_that_cannot_save_does_not_cost_the_group_its_checkpoint(small_mlp, tmp_path, monkeypatch):
+    """Two are kept of each seed: those that seed 0 alone saves must not push out the last that both have."""
+    run = small_mlp(*OVERRIDES, 'seeds=[0,1]', f'run_dir={tmp_path}', 'checkpoint_minutes=1e-9')
+    save = checkpoint.Checkpoints.save
+
+    def no_room_for_seed_1(self, step, state):
+        if step > 20 and 'seed1' in str(self.folder):
+            return self._failed('the disk has no room')
+        save(self, step, state)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, 'save', no_room_for_seed_1)
+    with pytest.raises(train.Interrupted):
+        train.train(run, stop_at(40))
+    assert checkpoint.steps([tmp_path / 'seed0'])[0] == 40  # the control: seed 0 had room
+    monkeypatch.undo()
+    assert went_on_from(run) == 20
+
+
 def test_rows_that_a_full_disk_refused_come_with_the_next(small_mlp, tmp_path, capsys):
     one = record.Record(small_mlp(f'run_dir={tmp_path}/run'), 0)
     one.log({'step': 0})
