@@ -303,10 +303,11 @@ def train_together(run, task, seeds, on_steps):
                     close(i, 'stopped')
             on_steps(0, {'test_loss': np.mean(metrics['test_loss'][list(records)])} if records else {})
 
-        if stop and step:
+        if stop:
             save()
         for i in list(records):
             close(i, 'interrupted' if stop else 'finished')
+    stop = stop or next(iter(caught), 0)  # one that came too late for the loop still ends a sweep
     if stop:
         if stop == signal.SIGUSR2 and callable(signal.getsignal(stop)):  # submitit's handler, which queues the job again
             signal.raise_signal(stop)

@@ -308,6 +308,17 @@ def test_a_signal_stops_it_and_the_record_says_so(small_mlp, tmp_path):
     assert {row['step'] for row in rows(folder)} < set(train.evaluation_points(6, 20))
 
 
+def test_a_signal_in_the_last_evaluation_is_not_lost(small_mlp, tmp_path):
+    """The run has finished, and what comes after it in a sweep has not."""
+    def on_steps(steps, shown):
+        if record.read_history(tmp_path) and record.read_history(tmp_path)[-1]['step'] == 20:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(train.Interrupted):
+        train.train(small_mlp(f'run_dir={tmp_path}'), on_steps)
+    assert record.read_summary(tmp_path)['state'] == 'finished'
+
+
 def test_one_seed_diverges_and_the_others_go_on(straight, small_mlp, tmp_path, monkeypatch):
     init = models.init
 
