@@ -110,7 +110,7 @@ class Record:
         self.history.close()
         last = {k: v for row in self.rows[-1:] for k, v in row.items() if k in ('test_loss', 'train_loss')}
         summary = self.summarise(state, **last, **numbers)
-        if state in ENDED:  # and says so
+        if state in ENDED and hosts.first():  # and says so: another process may be ahead of the one that writes it
             self.checkpoints.remove()
         return finish_mirror(self.mirror, summary) if self.mirror else summary
 

@@ -66,6 +66,15 @@ def test_seconds_are_summed_over_sessions(run_in, tmp_path):
 
 
 def test_another_configuration_in_the_folder_is_refused_by_its_keys(run_in):
+@pytest.mark.parametrize('first', [True, False])
+def test_only_the_process_that_says_so_removes_the_checkpoints_of_what_has_ended(run_in, tmp_path, monkeypatch, first):
+    monkeypatch.setattr('hosts.first', lambda: first)
+    one = record.Record(run_in(), 0)
+    one.save(7, {'loss': np.float32(0.5)})
+    one.close('finished')
+    assert (tmp_path / 'run' / 'checkpoints' / '7').exists() != first
+
+
     run = run_in()
     assert record.ended(run, 0) is None
     record.Record(run, 0).close('finished')
