@@ -203,9 +203,12 @@ def data_files(run) -> dict:
 
 
 def read_summary(folder) -> dict:
-    """The summary of a run folder, {} where there is none yet."""
+    """The summary of a run folder, {} where there is none yet. Raises RunFolderError for one that is damaged."""
     path = Path(folder) / 'summary.json'
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise RunFolderError(f'{path} is damaged ({error}); delete it, and the run goes on from its checkpoint') from error
 
 
 def read_history(folder) -> list[dict]:
@@ -221,9 +224,12 @@ def read_history(folder) -> list[dict]:
 
 
 def write_whole(path, text):
-    """Writes a file under a temporary name and renames it, so that no reader ever meets half of it."""
+    """Writes a file under a temporary name and renames it, so that no reader ever meets half of it, also after a power cut."""
     temporary = path.with_name(path.name + '.part')
-    temporary.write_text(text)
+    with open(temporary, 'w') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -181,6 +181,16 @@ def test_rows_that_a_full_disk_refused_come_with_the_next(small_mlp, tmp_path, c
     assert 'history.jsonl cannot be written' in capsys.readouterr().err
 
 
+def test_a_damaged_summary_is_one_line_that_says_what_to_do(stopped, straight):
+    run, folder = stopped
+    (folder / 'summary.json').write_text('')
+    with pytest.raises(record.RunFolderError, match='summary.json is damaged .* delete it') as refused:
+        train.train(run)
+    assert '\n' not in str(refused.value)
+    (folder / 'summary.json').unlink()
+    assert went_on_from(run) == 40 and (folder / 'history.jsonl').read_text() == straight
+
+
 def test_a_second_process_gets_one_line_and_a_kill_releases_the_folder(small_mlp, tmp_path):
     run = small_mlp(f'run_dir={tmp_path}')
     program = 'import fcntl, sys, time; f = open(sys.argv[1], "a"); fcntl.flock(f, fcntl.LOCK_EX); '\
