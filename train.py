@@ -324,9 +324,9 @@ def peak_rates(run):
 def newest_state(run, program, seeds, test):
     """The state to go on from, [S, …], and the last step already evaluated: those of the newest good checkpoint that all the seeds
     have, with the rows that lead up to it, or else the initial state and -1."""
-    state = program.init(jnp.stack([jax.random.key(seed) for seed in seeds]), test)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     folders = [record.folder_of(run, seed) for seed in seeds]
-    one_seed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
+    one_seed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), jax.eval_shape(program.init, keys, test))
     for step in checkpoint.steps(folders):
         saved = checkpoint.restore(folders, step, one_seed)
         if saved is None:
@@ -334,10 +334,9 @@ def newest_state(run, program, seeds, test):
         evaluated = step if saved.loss_count[0] == 0 else step - 1  # saved after the evaluation at its step, or before
         points = [point for point in evaluation_points(run.num_evals, run.derived.steps) if point <= evaluated]
         if all([row['step'] for row in record.read_history(folder)][:len(points)] == points for folder in folders):
-            homes = jax.tree.map(lambda a: a.sharding, state)
-            return jax.tree.map(hosts.place_whole, saved, homes), evaluated
+            return jax.tree.map(hosts.place_whole, saved, program.state_homes), evaluated
         checkpoint.warn(f'{folders[0].parent}: lines of history.jsonl are lost; going on from the checkpoint before')
-    return state, -1
+    return program.init(keys, test), -1
 
 
 @contextmanager
