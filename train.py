@@ -405,6 +405,9 @@ def run_config(cfg):
     with tqdm(total=d.steps, unit='step', desc=config.run_name(run, run.all_seeds[0]), smoothing=0.05,
               disable=not hosts.first()) as bar:
         def on_steps(steps, numbers):
+            if not shown:  # done in an earlier session: no part of this one's rate
+                bar.initial = bar.last_print_n = bar.n = steps
+                steps = 0
             shown.update(numbers)
             bar.set_postfix({k: f'{v:.4f}' for k, v in shown.items()}, refresh=False)
             bar.update(steps)
