@@ -59,7 +59,7 @@ class Checkpoints:
     def _failed(self, error):
         for path in self.folder.glob('*-tmp'):
             shutil.rmtree(path, ignore_errors=True)  # its space may be what the disk lacks
-        warn(f'no checkpoint could be saved in {self.folder} ({_brief(error)}); training goes on, the older ones are kept')
+        warn(f'no checkpoint could be saved in {self.folder} ({brief(error)}); training goes on, the older ones are kept')
 
     def close(self):
         self.wait()
@@ -102,7 +102,7 @@ def restore(folders, step, like):
             if _checksum(found['state']) != found['sum']:
                 raise ValueError('its checksum is another')
         except DAMAGE as error:
-            warn(f'{folder}/checkpoints/{step} is damaged ({_brief(error)}); going on from the one before')
+            warn(f'{folder}/checkpoints/{step} is damaged ({brief(error)}); going on from the one before')
             return None
         states.append(found['state'])
     return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
@@ -119,7 +119,8 @@ def _checksum(state):
     return sum(one(a) * np.uint32(2 * i + 1) for i, a in enumerate(jax.tree.leaves(state)))
 
 
-def _brief(error):
+def brief(error):
+    """What an error says, short and on one line."""
     return ' '.join(str(error).split())[:120] or type(error).__name__
 
 

@@ -45,7 +45,7 @@ def measure(run, task, programs, peak_rates, devices) -> dict:
     def placed(tree, sharding):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
-    test, raw, keys = placed(test, program.test_sharding), placed(raw, program.raw_sharding), keys
+    test, raw = placed(test, program.test_sharding), placed(raw, program.raw_sharding)
     init = program.init.lower(keys, test)
     state = jax.tree.map(lambda a, home: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=home), init.out_info, program.state_homes)
     s, lrs = np.zeros(task.block_steps, np.float32), peak_rates(run)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import config
 import hosts
-from checkpoint import warn
+from checkpoint import brief, warn
 
 PATIENCE = 90  # seconds that the copy waits for a server at its start, and the run at its end
 
@@ -23,7 +23,7 @@ class Mirror:
     """
 
     def __init__(self, run, seed, summary, rows):
-        self.thread, self.fell_back, folder = ThreadPoolExecutor(1), False, summary['folder']
+        self.thread, self.online, folder = ThreadPoolExecutor(1), run.wandb_mode == 'online', summary['folder']
         shutil.rmtree(f'{folder}/wandb', ignore_errors=True)  # of sessions whose rows this one repeats
         self.sweep = agents_run() if seed == run.all_seeds[0] else {}
         values = config.flatten(config.settings(run, seed))
@@ -48,9 +48,9 @@ class Mirror:
         try:
             opened = begin(run.wandb_mode, run_id)
         except wandb.Error as error:
-            warn(f'W&B does not answer ({_brief(error)}); to upload the run later, the same command, or  wandb sync --id {run_id} '
+            warn(f'W&B does not answer ({brief(error)}); to upload the run later, the same command, or  wandb sync --id {run_id} '
                  f'{folder}/wandb/offline-run-*')
-            self.fell_back = True
+            self.online = False
             opened = begin('offline', secrets.token_hex(4))  # W&B's client takes an id once in a process
         opened.define_metric('*', step_metric='step')
         if self.sweep:
@@ -74,16 +74,12 @@ class Mirror:
         try:
             self.thread.submit(end).result()
         except Exception as error:  # whatever befell W&B, the record on disk is whole, and the training has ended as it has
-            warn(f'W&B did not take all of it ({_brief(error)}); the same command gives it the rest, or  wandb sync '
+            warn(f'W&B did not take all of it ({brief(error)}); the same command gives it the rest, or  wandb sync '
                  f'{summary["folder"]}/wandb/run-*')
             return False
         finally:
             self.thread.shutdown()
-        return not self.fell_back
-
-
-def _brief(error):
-    return ' '.join(str(error).split())[:120]
+        return self.online
 
 
 def log_in(run):

@@ -181,6 +181,7 @@ BAD = [  # arguments, what the line must name
     (('chess', 'ds_path={evil}'), 'meta.pkl'),
     # the run's folder
     (('mlp', 'run_dir={taken}'), 'run_dir'),
+    (('mlp', 'run_dir={taken}/config.yaml/run'), 'set run_dir to a folder that can be written'),
 ]
 
 

@@ -1,6 +1,7 @@
 """A run's folder, what stands in it after each way a run can end, and its mirror in W&B."""
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -65,7 +66,6 @@ def test_seconds_are_summed_over_sessions(run_in, tmp_path):
     assert (summary['wall_seconds'], summary['steps'], summary['state']) == (6.0, 9, 'finished')
 
 
-def test_another_configuration_in_the_folder_is_refused_by_its_keys(run_in):
 @pytest.mark.parametrize('first', [True, False])
 def test_only_the_process_that_says_so_removes_the_checkpoints_of_what_has_ended(run_in, tmp_path, monkeypatch, first):
     monkeypatch.setattr('hosts.first', lambda: first)
@@ -75,6 +75,7 @@ def test_only_the_process_that_says_so_removes_the_checkpoints_of_what_has_ended
     assert (tmp_path / 'run' / 'checkpoints' / '7').exists() != first
 
 
+def test_another_configuration_in_the_folder_is_refused_by_its_keys(run_in):
     run = run_in()
     assert record.ended(run, 0) is None
     record.Record(run, 0).close('finished')
@@ -137,6 +138,30 @@ def test_wandb_mirrors_the_record(run_in, tmp_path, monkeypatch, state, exit_cod
     flat = config.flatten(config.settings(run, 5))
     for short in set(logged) - set(flat):  # a short name stands for one key alone
         assert [k for k in flat if k.split('.')[-1] == short] == [config.SHORT_NAMES[short]]
+
+
+def test_what_wandb_did_not_get_it_gets_from_the_same_command(run_in, monkeypatch, capsys):
+    """It was gone at the end, or was not asked for; a third time there is nothing left to give."""
+    def gone(exit_code):
+        raise TimeoutError('no answer')
+
+    monkeypatch.setattr('mirror.log_in', lambda run: None)
+    for mode in ('online', 'offline'):
+        run = run_in(f'wandb_mode={mode}', f'seed={len(mode)}')
+        first, again, third = FakeWandb(), FakeWandb(), FakeWandb()
+        monkeypatch.setattr('wandb.init', first)
+        if mode == 'online':
+            first.finish = gone
+        one = record.Record(run, run.seed)
+        one.log({'step': 0, 'test_loss': 0.5})
+        assert one.close('finished')['wandb'] == 'incomplete'
+        run = run_in('wandb_mode=online', f'seed={len(mode)}')
+        for fake, rows_given in ((again, 1), (third, 0)):
+            monkeypatch.setattr('wandb.init', fake)
+            summary = record.mirror_again(run, record.ended(run, run.seed))
+            assert summary['wandb'] == 'complete' and len(fake.rows) == rows_given
+        shutil.rmtree(summary['folder'])
+    assert 'W&B did not take all of it (no answer)' in capsys.readouterr().err
 
 
 def test_wandb_offline_needs_no_account_and_writes_into_the_run(run_in, tmp_path, monkeypatch):
