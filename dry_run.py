@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 import data
 
@@ -67,8 +68,9 @@ def report(run, programs, peak_rates) -> str:
     """The report on a run, as text."""
     task, d = stand_in(run), run.derived
     pieces = d.microbatches
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= jax.device_count() and run.opt.B // pieces % n == 0]
     found = {n: measure(run, task, programs, peak_rates, jax.devices()[:n])
-             for n in (1, 2, 4, 8, 16, 32, 64) if n <= jax.device_count() and run.opt.B // pieces % n == 0}
+             for n in tqdm(counts, desc=f'compiling for {", ".join(map(str, counts))} devices', leave=False)}
     lines = ['GB on each device, from XLA: ' + ('parameters and moments sharded (model.fsdp_enabled)' if run.model.fsdp_enabled
                                                 else 'parameters and moments whole on each (model.fsdp_enabled=true shards them)'),
              f'{"devices":>8}{"parameters":>12}{"moments":>10}{"data, probe":>13}{"activations, temporaries":>26}{"sum":>9}']
