@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test lint bench bench-compare bench-growth figures games images measure-prepare lock clean
+.PHONY: help setup demo reproduce test lint bench bench-compare bench-growth figures games images measure-prepare lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +17,14 @@ setup: .venv/complete ## build .venv from requirements.lock (Python 3.11 or newe
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
-demo: .venv/complete ## train a small ladder of models live and show its table (about 5 minutes on 2 cores)
+demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (about 5 minutes on 2 cores)
 	$(RUN) -m experiments.run experiments/demo.yaml
+	$(RUN) -m figures.collapse runs/demo --out runs/demo/collapse.png
+
+reproduce: .venv/complete ## train every laptop experiment (hours on 2 cores; goes on where it stopped), save the logs, draw the figures
+	for sweep in experiments/laptop_*.yaml; do $(RUN) -m experiments.run $$sweep wandb_mode=disabled || exit; done
+	for tag in $$(ls runs | grep ^laptop_); do $(RUN) save_logs.py --runs runs --tag $$tag || exit; done
+	$(MAKE) figures
 
 test: .venv/complete ## run the tests
 	$(RUN) -m pytest --numprocesses auto --dist loadfile
