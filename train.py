@@ -401,11 +401,11 @@ def run_config(cfg):
     if run.dry_run:
         print(dry_run.report(run, programs, peak_rates))
         return
-    shown = {}
+    shown, first = {}, iter([True])
     with tqdm(total=d.steps, unit='step', desc=config.run_name(run, run.all_seeds[0]), smoothing=0.05,
               disable=not hosts.first()) as bar:
         def on_steps(steps, numbers):
-            if not shown:  # done in an earlier session: no part of this one's rate
+            if next(first, False):  # done in an earlier session: no part of this one's rate
                 bar.initial = bar.last_print_n = bar.n = steps
                 steps = 0
             shown.update(numbers)

@@ -39,7 +39,7 @@ def main():
     for split, size in (('train', 50_000), ('test', 1024)):
         np.random.default_rng(0).integers(0, 54, size, np.uint8).tofile(folder / 'tokens' / f'{split}.bin')
     work = [f'ds_path={folder}/tokens', 'T=102400', 'num_evals=20']  # 400 steps
-    kinds = {'in file order': [], 'shuffled, sharded, two seeds': ['shuffle=true', 'model.fsdp_enabled=true', 'seeds=[0,1]']}
+    kinds = {'in file order': [], 'shuffled-sharded-two-seeds': ['shuffle=true', 'model.fsdp_enabled=true', 'seeds=[0,1]']}
     for name, more in kinds.items():
         found = {}
         for count in (1, 2, 4):
