@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import config  # noqa: E402
+import hosts  # noqa: E402
 import record  # noqa: E402
 import train  # noqa: E402
 
@@ -57,6 +58,7 @@ def session(overrides, stop_at, begun, done):
         if done.value == stop_at:
             signal.raise_signal(signal.SIGTERM)
 
+    hosts.each_core_a_device()
     train.enable_compilation_cache()
     try:
         train.train(resolve(*overrides), on_steps)
