@@ -361,7 +361,8 @@ def forecast(table, result):
         middle.fill_between(x, relative(result[f'lo{name}']), relative(result[f'hi{name}']), color=style.BLUE, alpha=alpha, lw=0,
                             label=f'{name}%')
     middle.plot(x, 0 * x, color=style.BLUE)
-    middle.plot(x, relative(result['baselines']['power law']['curve']), ':', color=style.RED, label='power law × mean ℓ')
+    if result['baselines']:
+        middle.plot(x, relative(result['baselines']['power law']['curve']), ':', color=style.RED, label='power law × mean ℓ')
     if result['truth'] is not None:
         left.plot(result['compute'] * x / PETA, result['truth'], '--', color='black', lw=0.9, label='as it came (seed mean)')
         middle.plot(x, relative(result['truth']), '--', color='black', lw=0.9, label='as it came (seed mean)')

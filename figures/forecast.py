@@ -1,6 +1,7 @@
 """Foresee a run before it is trained: a larger model's whole loss curve from a ladder of smaller ones, with intervals.
 
     python -m figures.forecast LOG --target D=2048 [--max-width 1024] [--seen 0.3]
+    python -m figures.forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
 
 The model is hierarchy.py's; here are targets, budgets, baselines and errors. Errors are relative to the reducible loss L - L0 of
 the truth, with the L0 of the law fitted to the *whole* log, target included: a forecast's own L0 does not flatter it.
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from figures import command, hierarchy, scaling_law
+from figures import command, hierarchy, scaling_law, schedules
 from figures.table import LogError, clean, load, require, runs, where
 
 FROM = 0.1                        # errors are taken over FROM <= x <= 1
@@ -149,7 +150,17 @@ def budgets(ladder, times=BUDGETS):
             for i, (k, C, p) in enumerate(zip(times, compute, optimal_params(ladder, compute), strict=True))]
 
 
-def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None):
+def reschedule(table, target, draws, fine, name, pairs, times=1.0):
+    """Draws of a target at a constant rate as they are under the schedule `name`; see schedules.under.
+
+    α is fitted to the runs of `pairs`, a table of small models under constant and decaying rates (schedules.alpha_of_reference).
+    """
+    share = schedules.noise_share(table, target.p, draws.L0)
+    reducible = schedules.under(name, fine, draws.loss[:, 0] - draws.L0[:, None], share, schedules.alpha_of_reference(pairs), times)
+    return draws._replace(loss=(draws.L0[:, None] + reducible)[:, None])
+
+
+def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, schedule=None, pairs=None):
     """The forecast of one target as a dict, and notes; see --help for the meaning of the arguments."""
     p = params_of(table, wanted)
     ladder = hierarchy.gather(table, [seen] if seen else [])
@@ -159,11 +170,17 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None):
         most = table.loc[table['D'] <= max_width, 'num_params'].max()
         if not most > 0:
             raise LogError(f'--max-width {max_width:g}: no model in the log is that narrow')
-    small, target = split(ladder, p, most, seen, tokens)
-    draws = forecast(small, target)
-    band, curves, notes = bands(draws.loss[:, 0]), baselines(small, target.compute), []
+    small, target = split(ladder, p, most, seen, None if schedule else tokens)
+    draws, curves, notes = forecast(small, target), baselines(small, target.compute), []
+    if schedule:
+        times = 6 * p * tokens / target.compute if tokens else 1.0
+        draws = reschedule(table[table['num_params'].isin(small.p)], target, draws, small.fine, schedule, pairs, times)
+        target, curves = target._replace(truth=None, compute=target.compute * times), {}
+        notes.append(f'under the {schedule} schedule, from the constant-rate curves: the bands leave out what the schedule law '
+                     'itself gets wrong, and the budgets are for the constant rate')
+    band = bands(draws.loss[:, 0])
     rule = optimal_compute(small, p)
-    if abs(target.compute / rule - 1) > 0.05:
+    if not schedule and abs(target.compute / rule - 1) > 0.05:
         notes.append(f'the target\'s {target.compute:.4g} FLOPs are {target.compute / rule:.3g} times what the ladder\'s rule '
                      'gives its size; the forecast is for a compute-optimal run of that compute')
     if all(len(L) == 1 for L in small.losses):
@@ -188,7 +205,11 @@ def main():
     parse.add_argument('--horizon', type=float, metavar='TOKENS', help='its tokens (default: by the ladder\'s rule)')
     parse.add_argument('--seen', type=float, default=0.0, metavar='X', help='read the target\'s own first part, up to x = X, too')
     parse.add_argument('--rate', type=float, metavar='FLOP/S', help='of your machine in training, for the hours')
+    parse.add_argument('--schedule', choices=schedules.RATES, help='of the target, the ladder being at a constant rate')
+    parse.add_argument('--pairs', metavar='LOG', help='small models under constant and decaying rates, for the α of --schedule')
     args = parse.parse_args()
+    if bool(args.schedule) != bool(args.pairs):
+        raise LogError('--schedule and --pairs go together: α is fitted to runs under both kinds of rate')
     table = load(args.log)
     for condition in args.where:
         table = where(table, condition)
@@ -198,7 +219,8 @@ def main():
         table = table[table['D'] >= args.min_width]
     if not 0 <= args.seen < 1:
         raise LogError(f'--seen {args.seen:g} must lie between 0 and 1')
-    result, more = analyse(table, args.target, args.max_width, args.seen, args.horizon, args.rate)
+    result, more = analyse(table, args.target, args.max_width, args.seen, args.horizon, args.rate, args.schedule,
+                           clean(load(args.pairs))[0] if args.pairs else None)
     if args.out:
         from figures import draw
         command.save(lambda: draw.forecast(table, result), args.out)

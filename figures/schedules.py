@@ -15,6 +15,8 @@ from figures.table import LogError, require, runs
 
 THEORY = 0.25      # eq. 14
 HAND_SET = 0.26    # the authors' value for the MLP (0.21 for CIFAR-5M)
+RATES = {  # rate over its peak at x, the share of the run: the shapes of optimizer.py that decay from the first step on
+    'linear': lambda x: 1 - x, 'cosine': lambda x: (1 + np.cos(np.pi * x)) / 2, 'quadratic': lambda x: 1 - x ** 2}
 HALF_LIFE = 0.01   # of the run, for the smoothing of the pictures
 
 
@@ -149,6 +151,46 @@ def fit(aligned, second_term=False):
 
 def _term(one, second_term):
     return one.eta * one.noise - one.reference_noise if second_term else one.delta_eta * one.noise
+
+
+def alpha_of_reference(table):
+    """α where Tr Σ is the constant-rate run's at equal τ, all that is known of a run not yet trained; it is some 1.4 times larger."""
+    return fit([one._replace(noise=np.where(one.x < 0.05, np.nan, one.reference_noise)) for one in align(table)[0]]).alpha
+
+
+def noise_share(table, p, L0, floor=0.1):
+    """Tr Σ/(L - L0) [S] of constant-rate runs with p parameters, for floors L0 [S]: a log-log line through a table's models.
+
+    Eq. 17 makes it constant along a run; it is averaged over x >= floor, in the log. Raises LogError without Tr Σ (Buvar).
+    """
+    require(table, ['Buvar', 'num_params', 'compute', 'test_loss'], 'another schedule')
+    found = sorted(set(table['schedule'].dropna())) if 'schedule' in table else []
+    if found != ['const']:
+        raise LogError(f'another schedule is derived from constant-rate runs; the log has {", ".join(found) or "no schedule"}')
+    late = table[(table['compute'] >= floor * table.groupby('run')['compute'].transform('max')) & (table['Buvar'] > 0)]
+    if not len(late):
+        raise LogError('the log has no Tr Σ (Buvar); another schedule needs it')
+    share = np.log(late['Buvar'].to_numpy() / (late['test_loss'].to_numpy() - L0[:, None]))      # [S, n]
+    models = np.unique(late['num_params'])
+    mean = np.stack([share[:, late['num_params'] == one].mean(1) for one in models])             # [M, S]
+    slope, level = np.polyfit(np.log(models / models[-1]), mean, 1)                              # [S] each
+    return np.exp(level + slope * np.log(p / models[-1]))
+
+
+def under(name, x, reducible, share, alpha, times=1.0):
+    """Reducible loss [S, G] at x under a schedule, from that of the constant rate [S, G] at x of its own horizon.
+
+    Eq. 16 with Tr Σ = share [S] × reducible loss (eq. 17) at equal τ: R_const(τ)·(1 - α·(1 - η)·share). `times` is the run's
+    horizon over that of the constant-rate curves; τ may not leave these. Before their first x the curve is held.
+    """
+    rate = RATES[name](x)
+    fine = np.linspace(0, 1, 2001)
+    area = np.concatenate([[0], np.cumsum((RATES[name](fine)[1:] + RATES[name](fine)[:-1]) / 2 * np.diff(fine))])
+    tau = times * np.interp(x, fine, area)
+    if tau[-1] > x[-1] * (1 + 1e-9):
+        raise LogError(f'a {name} run of {times:.3g} times the constant-rate curves\' horizon outlasts them; shorten --horizon')
+    held = np.exp(np.stack([np.interp(np.log(tau), np.log(x), np.log(one)) for one in reducible]))
+    return held * (1 - alpha * (1 - rate) * share[:, None])
 
 
 def rmse_relative(aligned, alpha):

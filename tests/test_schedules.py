@@ -114,3 +114,24 @@ def test_published_runs():
     rows = schedules.leave_one_out(aligned)
     assert all(row['error'] < 0.06 for row in rows) and np.mean([r['no_noise_term'] / r['error'] for r in rows]) > 10
     assert schedules.fit(aligned, second_term=True).rmse > 2 * found.rmse           # appendix I: the second term does harm
+
+
+def test_another_schedule_from_constant_rate_curves_alone():
+    """Planted: Tr Σ = 0.5·p^0.2 of the reducible loss τ^(-½). A linear run is 1 - α·(1 - η)·share of that at τ = x - x²/2, at half
+    the horizon of τ/2; its share is extrapolated in p. Controls: without noise nothing but τ counts; a longer run is refused."""
+    x = np.arange(1, 101) / 100
+    rows = [pd.DataFrame({'run': f'p{p}', 'schedule': 'const', 'num_params': p, 'compute': x * p, 'test_loss': 1 + x ** -0.5,
+                          'Buvar': 0.5 * p ** 0.2 * x ** -0.5}) for p in (1.0, 2.0, 4.0)]
+    share = schedules.noise_share(pd.concat(rows), 16.0, np.array([1.0, 1.0]))
+    np.testing.assert_allclose(share, 0.5 * 16 ** 0.2, rtol=1e-9)
+    tau = x - x ** 2 / 2
+    for times in (1.0, 0.5):
+        found = schedules.under('linear', x, x[None] ** -0.5, share[:1], 0.3, times)
+        truth = (times * tau) ** -0.5 * (1 - 0.3 * x * share[0])
+        np.testing.assert_allclose(found[0, 5:], truth[5:], rtol=1e-3)  # log-log interpolation of a power law; τ by trapezes
+        plain = schedules.under('linear', x, x[None] ** -0.5, 0 * share[:1], 0.3, times)
+        np.testing.assert_allclose(plain[0, 5:], ((times * tau) ** -0.5)[5:], rtol=1e-3)
+    with pytest.raises(logs.LogError, match='outlasts'):
+        schedules.under('linear', x, x[None] ** -0.5, share[:1], 0.3, 3.0)
+    with pytest.raises(logs.LogError, match='constant-rate runs; the log has linear'):
+        schedules.noise_share(pd.concat(rows).assign(schedule='linear'), 16.0, np.array([1.0]))
