@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 import dataset
+import hosts
 
 BLOCK_BYTES = 1 << 25  # training data handed to the device at a time: large enough to hide the hand-over, small beside any model
 BLOCK_STEPS = 1024
@@ -82,7 +83,7 @@ def fourier_modes():
     """
     n = 10_000
 
-    @jax.jit  # one program to compile instead of forty
+    @partial(jax.jit, compiler_options=hosts.compile_quickly())  # one program instead of forty
     def draws():
         magnitudes, directions, weights, phases = jax.random.split(jax.random.PRNGKey(42), 4)
         return (jax.random.uniform(magnitudes, (n,)), jax.random.normal(directions, (n, 8)), jax.random.normal(weights, (n,)),

@@ -64,6 +64,11 @@ def compiler_options(count) -> dict:
     return dict(filter(known, [('xla_cpu_multi_thread_eigen', False), ('xla_cpu_experimental_ynn_fusion_type', '')]))
 
 
+def compile_quickly() -> dict:
+    """For a program that runs once: random draws take a CPU's compiler seconds to optimise."""
+    return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
+
+
 def first() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0

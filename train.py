@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +137,8 @@ def programs(run, task, devices=None) -> Programs:
     init = fused(init, key=0, test=None)
     state_homes = jax.tree.map(home, jax.eval_shape(init, jax.random.split(jax.random.key(0), 2), task.test))
     options = hosts.compiler_options(mesh.size)
-    # Random draws take the CPU's compiler seconds to optimise, and run once.
-    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     return Programs(
-        init=jax.jit(init, out_shardings=state_homes, compiler_options=quick),
+        init=jax.jit(init, out_shardings=state_homes, compiler_options=hosts.compile_quickly()),
         train=jax.jit(train, donate_argnums=0, out_shardings=state_homes, compiler_options=options),
         evaluate=jax.jit(fused(evaluate, state=0, peak_lrs=None, test=None), donate_argnums=0,
                          out_shardings=(state_homes, everywhere), compiler_options=options),
@@ -167,13 +166,13 @@ def evaluation_points(num_evals, steps):
 
 @functools.cache
 def matmul_rate(dtype='float32'):
-    """FLOP/s of the matrix product [2048, 2048]·[2048, 2048] of all devices together (all cores of a CPU), best of five: the limit
+    """FLOP/s of the matrix product [2048, 2048]·[2048, 2048] of all devices together (all cores of a CPU), best of three: the limit
     that speeds are a share of."""
     a = jnp.ones((2048, 2048), dtype)
     multiply = jax.jit(jnp.matmul)
     multiply(a, a).block_until_ready()
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         multiply(a, a).block_until_ready()
         seconds.append(time.perf_counter() - start)
@@ -242,8 +241,10 @@ def train_together(run, task, seeds, on_steps):
     with interrupts() as caught, closing(data.read_ahead(task, step, place)) as blocks, record.closed_on_failure({}) as records:
         first, raw = next(blocks)
         with timed(clock, 'compile_seconds'):
-            run_stretch = program.train.lower(state, peak_lrs, raw, s_padded[:M], np.int32(0), np.int32(1)).compile()
-            run_evaluation = program.evaluate.lower(state, peak_lrs, test).compile()
+            lowered = (program.train.lower(state, peak_lrs, raw, s_padded[:M], np.int32(0), np.int32(1)),
+                       program.evaluate.lower(state, peak_lrs, test))
+            with ThreadPoolExecutor(2) as compilers:
+                run_stretch, run_evaluation = compilers.map(lambda one: one.compile(), lowered)
         for i, seed in enumerate(seeds):
             records[i] = record.Record(run, seed, start, evaluated)  # of the seeds still in training
 

@@ -154,7 +154,7 @@ def _term(one, second_term):
 
 
 def alpha_of_reference(table):
-    """α where Tr Σ is the constant-rate run's at equal τ, all that is known of a run not yet trained; it is some 1.4 times larger."""
+    """α where Tr Σ is the constant-rate run's at equal τ, all that is known of a run not yet trained; some 1.4 times larger."""
     return fit([one._replace(noise=np.where(one.x < 0.05, np.nan, one.reference_noise)) for one in align(table)[0]]).alpha
 
 
