@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 import config
 import data
@@ -369,7 +370,9 @@ def test_metrics_of_the_published_code(published, resolve):
 
 def test_nothing_is_compiled_again(small_mlp, tmp_path):
     """Not by more stretches, blocks or evaluations, and not for other rates, schedules or horizons of the same shapes."""
-    met = Counter()
+    kept, met = jax.config.jax_compilation_cache_dir, Counter()
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'cache'))  # an empty one: nothing is known from earlier tests
+    compilation_cache.reset_cache()
     jax.monitoring.register_event_listener(lambda event, **_: met.update([event.rsplit('/')[-1]]))
 
     def compiled(name, *overrides):
@@ -384,3 +387,5 @@ def test_nothing_is_compiled_again(small_mlp, tmp_path):
         assert compiled('wider', 'opt.B=24', 'model.D=24')[0] > 0  # the control: another shape is another program
     finally:
         jax.monitoring.clear_event_listeners()
+        jax.config.update('jax_compilation_cache_dir', kept)
+        compilation_cache.reset_cache()
