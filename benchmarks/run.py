@@ -82,7 +82,7 @@ def measure_run(run):
     compile_seconds = time.perf_counter() - start
 
     mesh = program.test_sharding.mesh
-    share, rows_shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (['data'], [None, 'data']))
+    share = NamedSharding(mesh, PartitionSpec('data'))
 
     def batches(raw, n):  # the training batches alone, each reduced to a number so that it is really made
         def add(i, total):
@@ -96,25 +96,14 @@ def measure_run(run):
             return state._replace(params=optimizer.descend(state.params, u, peak_lrs, 1e-9), moments=moments)
         return jax.lax.fori_loop(0, n, lambda _, state: jax.vmap(one)(state), state)
 
-    def products(x, n):  # the matrix products of the weights alone, forward and backward, in their shapes
-        def one(_, x):
-            for k, m in weight_shapes(run):
-                w = jnp.broadcast_to(x[:, :1, :1], (S, k, m))
-                a, b = (jnp.broadcast_to(x, (*x.shape[:2], d)) for d in (k, m))
-                for out in (a @ w, b @ w.swapaxes(1, 2), a.swapaxes(1, 2) @ b):
-                    x = x + 1e-30 * out[:, :1, :1]
-            return x
-        return jax.lax.fori_loop(0, n, one, x)
-
     options = hosts.compiler_options(mesh.size)
-    make, update, multiply = (jax.jit(part, compiler_options=options) for part in (batches, updates, products))
-    rows = jax.device_put(jnp.ones((S, run.derived.tokens_per_step, 1)), rows_shared)
+    make, update = (jax.jit(part, compiler_options=options) for part in (batches, updates))
     state = jax.block_until_ready(step(state, peak_lrs, raw, s, np.int32(0), np.int32(2)))
     state, seconds = timed(lambda: step(state, peak_lrs, raw, s, np.int32(0), np.int32(3)))
     n = int(np.clip(3 * SECONDS / seconds, 1, task.block_steps))
-    for warm in (lambda: make(raw, 1), lambda: update(state, 1), lambda: multiply(rows, 1)):
+    for warm in (lambda: make(raw, 1), lambda: update(state, 1)):
         jax.block_until_ready(warm())
-    times = {name: [] for name in ('rate', 'step', 'data', 'optimiser', 'products', 'evaluation')}
+    times = {name: [] for name in ('rate', 'step', 'data', 'optimiser', 'evaluation')}
     for _ in range(REPEATS):
         train.matmul_rate.cache_clear()
         times['rate'].append(train.matmul_rate())
@@ -122,7 +111,6 @@ def measure_run(run):
         times['step'].append(seconds / n)
         times['data'].append(timed(lambda: make(raw, n))[1] / n)
         times['optimiser'].append(timed(lambda state=state: update(state, n))[1] / n)
-        times['products'].append(timed(lambda: multiply(rows, n))[1] / n)
         (state, _), seconds = timed(lambda state=state: evaluate(state, peak_lrs, test))
         times['evaluation'].append(seconds)
     median = {k: statistics.median(v) for k, v in times.items()}
@@ -131,20 +119,12 @@ def measure_run(run):
     return {'D': run.model.D, 'L': run.model.L, 'B': run.opt.B, 'p': run.derived.num_params,
             'flops_per_step': flops, 'matmul_rate': median['rate'], 'step_seconds': median['step'],
             'step_share': flops / median['step'] / median['rate'], 'data_seconds': median['data'],
-            'optimiser_seconds': median['optimiser'], 'products_seconds': median['products'],
+            'optimiser_seconds': median['optimiser'],
             'evaluation_seconds': median['evaluation'], 'test_batches': run.derived.num_test_batches,
             # forward and backward passes over the same batches are the floor: a step's time less its data and its update
             'evaluation_over_passes': median['evaluation'] / run.derived.num_test_batches
             / (median['step'] - median['data'] - median['optimiser']),
             'bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes, 'compile_seconds': compile_seconds}
-
-
-def weight_shapes(run):
-    """(inputs, outputs) of every weight that multiplies the stream [tokens, inputs], as its product sees it."""
-    m, F = run.model, run.model.mlp_expansion * run.model.D
-    if run.arch == 'mlp':
-        return [(m.V, m.D), *[(m.D, m.D)] * (2 * m.N), (m.D, 1)]
-    return [*[(m.D, 3 * m.D), (m.D, m.D), (m.D, F), (F, m.D)] * m.N, (m.D, m.V)]
 
 
 def timed(call):
@@ -175,12 +155,12 @@ def processes():
 def table(rows):
     """Text: a line a row; the columns after `share` say where a step's time goes, as shares of it."""
     lines = [f"{'work':<26}{'p':>12}{'step ms':>10}{'GFLOP/s':>9}{'share':>8} |{'data':>7}{'update':>8}"
-             f"{'products':>10}{'rest':>7} |{'eval s':>8}{'eval/passes':>13}{'MB':>7}{'compile s':>11}"]
+             f"{'model':>7} |{'eval s':>8}{'eval/passes':>13}{'MB':>7}{'compile s':>11}"]
     for r in rows:
         work = f"{r['config']} D={r['D']} L={r['L']} B={r['B']} ×{r['seeds']}"
-        parts = [r[f'{part}_seconds'] / r['step_seconds'] for part in ('data', 'optimiser', 'products')]
+        parts = [r[f'{part}_seconds'] / r['step_seconds'] for part in ('data', 'optimiser')]
         lines.append(f"{work:<26}{r['p']:>12,}{1e3 * r['step_seconds']:>10.2f}{r['flops_per_step'] / r['step_seconds'] / 1e9:>9.1f}"
-                     f"{r['step_share']:>8.1%} |{parts[0]:>7.1%}{parts[1]:>8.1%}{parts[2]:>10.1%}{1 - sum(parts):>7.1%} |"
+                     f"{r['step_share']:>8.1%} |{parts[0]:>7.1%}{parts[1]:>8.1%}{1 - sum(parts):>7.1%} |"
                      f"{r['evaluation_seconds']:>8.2f}{r['evaluation_over_passes']:>13.2f}{r['bytes'] / 1e6:>7.0f}"
                      f"{r['compile_seconds']:>11.1f}")
     return '\n'.join(lines)
