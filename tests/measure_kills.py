@@ -98,6 +98,7 @@ def end_at_random(overrides, number, kills, steps, rng):
 
 def compare(kinds, steps):
     """Ends this process with 0 if the states at the last update are the same in both folders, bit for bit."""
+    hosts.each_core_a_device()  # Orbax restores onto what it saved from
     found = []
     for overrides in kinds:
         run = resolve(*overrides)
