@@ -1,5 +1,6 @@
 """The README's walk-through "Your own data", run as it stands."""
 
+import hashlib
 import json
 import os
 import pydoc_data.topics
@@ -8,6 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from experiments import package_text
 
 HERE = Path(__file__).parent.parent
 
@@ -29,3 +34,22 @@ def test_own_data_walk_through(tmp_path):
     [summary] = tmp_path.glob('runs/**/summary.json')
     history = [json.loads(line) for line in summary.with_name('history.jsonl').read_text().splitlines()]
     assert history[-1]['test_loss'] < unigram < history[0]['test_loss']  # it has learnt more than how common each byte is
+
+
+def test_sources_of_a_package_are_the_same_characters_everywhere(tmp_path, monkeypatch):
+    """The order is that of the names' checksums, no file is in both sets, and what is no ASCII becomes '?'."""
+    package = tmp_path / 'elsewhere' / 'some_package'
+    (package / 'inner').mkdir(parents=True)
+    names = [f'inner/part{i}.py' for i in range(20)] + ['__init__.py']
+    for i, name in enumerate(names):
+        (package / name).write_text(f'# {i} naïve\n\n')
+    monkeypatch.syspath_prepend(tmp_path / 'elsewhere')
+    monkeypatch.setattr(package_text, 'TEST', 60)
+    monkeypatch.setattr(package_text.importlib.metadata, 'version', lambda name: '1')
+    package_text.make('some_package', tmp_path / 'text')
+    test, train = ((tmp_path / 'text' / f'{name}.bin').read_bytes() for name in ('test', 'train'))
+    order = sorted(range(21), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    assert (test + train).decode() == ''.join(f'# {i} na?ve\n' for i in order)
+    assert 60 <= len(test) < 60 + len('# 10 na?ve\n') and test.endswith(b'\n')
+    with pytest.raises(ValueError, match='no such package'):
+        package_text.make('no_such_package', tmp_path / 'none')

@@ -1,0 +1,64 @@
+"""A corpus that is on every machine: the Python sources of an installed package as characters.
+
+    python -m experiments.package_text pandas      -> pandas_text/train.bin, test.bin, meta.json
+
+requirements.lock pins pandas 3.1.1 (BSD 3-clause licence, 1,440 files, 24 MB), so that the text is the same everywhere. One token
+is one ASCII character (others become '?'). Files come in the order of the SHA-256 of their paths, which shuffles them the same way
+on each machine; the first of them, up to TEST characters, are the test set: no file is in both.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import prepare
+
+VOCABULARY = [chr(i) for i in range(128)]
+TEST = 400_000  # characters, a little more as files are whole
+
+
+def texts(package):
+    """Yield the sources of an installed package, each ended by a newline, shuffled by their paths. Raises ValueError."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f'{package}: no such package is installed here')
+    root = Path(found.submodule_search_locations[0])
+    names = sorted((file.relative_to(root).as_posix() for file in root.rglob('*.py')),
+                   key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name in names:
+        yield (root / name).read_text(encoding='utf-8', errors='replace').encode('ascii', 'replace').rstrip() + b'\n'
+
+
+def make(package, out):
+    """Write the data set; nothing if `out` holds it already."""
+    distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
+    source = {'package': package, 'version': importlib.metadata.version(distribution), 'test': TEST}
+    with prepare.workplace(out, source) as folder:
+        if folder is None:
+            return
+        sizes = {'train': 0, 'test': 0}
+        with open(out / 'train.bin.part', 'wb') as train, open(out / 'test.bin.part', 'wb') as test:
+            for text in texts(package):
+                name, file = ('test', test) if sizes['test'] < TEST else ('train', train)
+                sizes[name] += file.write(text)
+            if not sizes['train']:
+                raise ValueError(f'{package}: {sizes["test"]} characters are too few to train on with a test set of {TEST}')
+            prepare.to_disk(train)
+            prepare.to_disk(test)
+        prepare.complete(out, {'source': source, 'vocab_size': len(VOCABULARY), 'vocabulary': VOCABULARY})
+    print(f'{out}: {sizes["train"]:,} characters to train on, {sizes["test"]:,} to test on')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('package', help='as it is imported, e.g. pandas')
+    parser.add_argument('--out', type=Path, help='the folder (default: PACKAGE_text)')
+    args = parser.parse_args()
+    out = args.out or Path(f'{args.package}_text')
+    prepare.run('package_text', out, lambda: make(args.package, out))
+
+
+if __name__ == '__main__':
+    main()
