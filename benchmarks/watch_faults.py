@@ -20,21 +20,20 @@ FAULTS = {  # fault: (log, condition)
 REPEAT_FROM, REPEATED = 0.1, 0.005  # from this share of the horizon on, the last such share of it is all the data there is
 
 
-def train_repeated(widths=(24, 32), seeds='[0,1,2]'):
+def train_repeated(widths=(36, 52), seeds=(0, 1, 2)):
     """Trains laptop models that from REPEAT_FROM on see one stretch of data again and again, in runs/laptop_fault_repeat."""
-    import hydra
-
-    import config
     import data
+    import hosts
     import train
+    from experiments import run as runner
 
+    hosts.each_core_a_device()
+    train.enable_compilation_cache()
     fresh = data.open_task
-    for D in widths:
-        with hydra.initialize(version_base=None, config_path='../configs'):
-            run = config.resolve(hydra.compose('mlp', [
-                'model.N=5', f'model.D={D}', 'opt.lr=0.001', 'opt.B=512', 'opt.readout_lr_mult=1', 'opt.schedule=linear',
-                'scale=985000', 'exponent=2.045', 'T_eval=20480', 'num_evals=100', f'seeds={seeds}',
-                'wandb_tag=laptop_fault_repeat', 'wandb_mode=disabled']))
+    name, axes = runner.read_sweep('experiments/laptop_mlp.yaml')
+    axes |= {'model.D': list(widths), 'seed': list(seeds), 'wandb_tag': ['laptop_fault_repeat'], 'wandb_mode': ['disabled']}
+    for point in runner.expand(name, axes):
+        run = point.run
         first, length = (max(1, int(share * run.derived.steps)) for share in (REPEAT_FROM, REPEATED))
 
         def repeating(run, seeds, first=first, length=length):
@@ -55,7 +54,7 @@ def train_repeated(widths=(24, 32), seeds='[0,1,2]'):
 def main():
     parse = argparse.ArgumentParser(prog='python -m benchmarks.watch_faults', description=__doc__.splitlines()[0].split(':  ')[0])
     parse.add_argument('--ladder', default='logs/laptop_mlp.parquet')
-    parse.add_argument('--train', action='store_true', help='only train the runs with repeated data (a minute or two)')
+    parse.add_argument('--train', action='store_true', help='only train the runs with repeated data (some minutes)')
     args = parse.parse_args()
     if args.train:
         train_repeated()
