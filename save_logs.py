@@ -63,7 +63,7 @@ def from_wandb(project, entity, tags):
         if not any(config.get(key) for key in ('wandb_tag', 'tag')) and run.tags:
             config['tag'] = next((tag for tag in tags if tag in run.tags), run.tags[0])
         if rows:
-            frames.append(logs.from_run(run.id, config, rows, run.state))
+            frames.append(logs.from_run(run.id, config, rows, dict(run.summary) | {'state': run.state}))
         else:
             others['finished without an evaluation'].append(run.name)
     return (logs.tidy(pd.concat(frames, ignore_index=True)) if frames else None), dict(others)
@@ -73,7 +73,7 @@ def one_from_wandb(path):
     """Rows so far of one W&B run, entity/project/id, whatever its state. A new Api each time: an old one hides what came since."""
     import wandb
     run = patiently(lambda: wandb.Api(timeout=60).run(path), f'asking for the run {path}')
-    return logs.from_run(run.id, dict(run.config), _history(run), run.state)
+    return logs.from_run(run.id, dict(run.config), _history(run), dict(run.summary) | {'state': run.state})
 
 
 def _history(run):
@@ -119,9 +119,13 @@ def save(table, others, out, **produced_by):
     table, copies = logs.drop_duplicates(table.reset_index(drop=True))
     if copies:
         print(f'note: {copies} runs are there twice, bit for bit; kept once', file=sys.stderr)
-    count = table['run'].nunique()
+    runs = logs.runs(table)
+    count = len(runs)
+    origin = {column: sorted(runs[column].dropna().unique()) for column in ('revision', 'device') if column in runs}
+    if 'seconds' in runs:
+        origin['hours'] = round(runs['seconds'].sum() / 3600, 3)
     logs.write_parquet(table.reset_index(drop=True), out, runs=count, evaluations=len(table), duplicates_dropped=copies,
-                       left_out={state: len(names) for state, names in others.items()}, **produced_by)
+                       left_out={state: len(names) for state, names in others.items()}, **origin, **produced_by)
     print(f'{out}: {count} runs, {len(table)} evaluations, {Path(out).stat().st_size / 1e6:.2f} MB')
 
 

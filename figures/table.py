@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 
 # Columns of a run, in the order they are written. `peak_lr` is the base learning rate (opt.lr), `lr` below the rate at
-# an evaluation; `opt_compute` the compute-optimal FLOPs C* of the run's model, where the log knows it.
+# an evaluation; `opt_compute` the compute-optimal FLOPs C* of the run's model, where the log knows it; `seconds` the
+# run's share of the wall time of the process that trained it, with the source's `revision` and the `device`.
 RUN_COLUMNS = ('run', 'tag', 'state', 'D', 'N', 'L', 'V', 'B', 'peak_lr', 'schedule', 'decay_frac', 'seed', 'T',
-               'num_params', 'scale', 'exponent', 'match_mup_at_D', 'opt_compute')
+               'num_params', 'scale', 'exponent', 'match_mup_at_D', 'opt_compute', 'revision', 'device', 'seconds')
 ROW_COLUMNS = ('step', 'tokens', 'compute', 'tau', 'lr', 'test_loss', 'train_loss', 'Bgvar', 'Buvar', 'gvar', 'uvar',
-               'g2_mean', 'u2_mean', 'gmean2', 'umean2', 'h', 'f', 'dh', 'df')
-TEXT_COLUMNS = ('run', 'tag', 'state', 'schedule')
+               'g2_mean', 'u2_mean', 'gmean2', 'umean2', 'h', 'f', 'dh', 'df', 'residual', 'surprise', 'forecast',
+               'forecast_lo90', 'forecast_hi90')
+TEXT_COLUMNS = ('run', 'tag', 'state', 'schedule', 'revision', 'device')
 PETA = 1e15  # the authors' logs count compute in units of 1e15 FLOPs
 
 METADATA_KEY = b'supercollapse'
@@ -120,7 +122,8 @@ CONFIG_KEYS = {
     'V': ('model.V', 'V'), 'B': ('opt.B', 'B'), 'peak_lr': ('opt.lr', 'lr'), 'schedule': ('opt.schedule', 'schedule'),
     'decay_frac': ('opt.decay_frac', 'decay_frac'), 'seed': ('seed',), 'T': ('T',),
     'num_params': ('derived.num_params', 'num_params'), 'scale': ('scale',), 'exponent': ('exponent',),
-    'match_mup_at_D': ('model.match_mup_at_D', 'match_mup_at_D'),
+    'match_mup_at_D': ('model.match_mup_at_D', 'match_mup_at_D'), 'revision': ('environment.revision',),
+    'device': ('environment.device',),
 }
 
 
@@ -135,15 +138,17 @@ def flatten(config, prefix=''):
     return flat
 
 
-def from_run(run, config, rows, state='finished'):
-    """The tidy rows of one run: `config` nested or dotted, `rows` a list of {name: value}, one an evaluation.
+def from_run(run, config, rows, summary):
+    """The tidy rows of one run: `config` nested or dotted, `rows` a list of {name: value}, one an evaluation; see record.py.
 
     A run whose horizon was set by `scale` and `exponent` (or token_per_param) ends at its C*; one given T does not know it.
     """
     config = flatten(config)
     history = pd.DataFrame(rows)
     history = history[[c for c in ROW_COLUMNS if c in history]]
-    values = {'run': run, 'state': state}
+    values = {'run': run, 'state': summary.get('state', 'unfinished')}
+    if summary.get('wall_seconds') is not None:
+        values['seconds'] = summary['wall_seconds'] / summary.get('seeds_fused', 1)
     for column, keys in CONFIG_KEYS.items():
         values[column] = next((config[key] for key in keys if config.get(key) is not None), None)
     horizon_set = config.get('token_per_param') is not None or (
@@ -170,10 +175,10 @@ def read_runs(folder):
         if not config.exists():
             raise LogError(f'{config}: missing; a run is a folder with config.yaml and history.jsonl')
         summary = history.with_name('summary.json')
-        state = json.loads(summary.read_text()).get('state') if summary.exists() else 'unfinished'
+        ended = json.loads(summary.read_text()) if summary.exists() else {}
         if rows:
             name = str(history.parent.relative_to(folder)) if history.parent != Path(folder) else history.parent.name
-            frames.append(from_run(name, yaml.safe_load(config.read_text()), rows, state))
+            frames.append(from_run(name, yaml.safe_load(config.read_text()), rows, ended))
     if not frames:
         raise LogError(f'{folder}: no run with an evaluation below this folder (looked for history.jsonl)')
     return pd.concat(frames, ignore_index=True)
@@ -364,7 +369,7 @@ def drop_duplicates(table):
 
     A copy has the same configuration and the same losses bit for bit; the authors' mlp.pkl holds 16 of them.
     """
-    columns = [c for c in RUN_COLUMNS if c in table and c not in ('run', 'tag', 'state')]
+    columns = [c for c in RUN_COLUMNS if c in table and c not in ('run', 'tag', 'state', 'revision', 'device', 'seconds')]
     seen, copies = set(), []
     for run, rows in table.groupby('run', sort=False):
         key = (repr(rows[columns].iloc[0].tolist()), rows['test_loss'].to_numpy().tobytes())

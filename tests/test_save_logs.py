@@ -1,12 +1,14 @@
 """Logs saved from folders and from W&B hold every evaluation of the finished runs, and say what they leave out."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import save_logs
@@ -42,6 +44,8 @@ def test_from_folders(tmp_path):
     assert len(table) == 22 and not list(tmp_path.glob('*.tmp')) and 'Buvar' not in table
     whole = logs.clean(logs.load(tmp_path / 'runs'))[0]
     np.testing.assert_array_equal(np.sort(table['test_loss']), np.sort(whole['test_loss']))
+    origin = json.loads(pq.read_schema(out).metadata[logs.METADATA_KEY])
+    assert (origin['revision'], origin['device'], origin['hours']) == (['abc1234'], ['cpu'], 0.2)  # two seeds, fused: 720 s
 
 
 @pytest.mark.parametrize('arguments, words', [

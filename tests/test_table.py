@@ -123,12 +123,12 @@ def run_folder(folder, losses, state='finished', tail='', seed=0, **opt):
     folder.mkdir(parents=True)
     config = {'model': {'D': 64, 'N': 3, 'L': 1, 'V': 8}, 'opt': {'B': 4, 'lr': 0.01, 'schedule': 'linear', 'decay_frac': 1.0,
               **opt}, 'seed': seed, 'T': 4 * (len(losses) - 1), 'scale': 1e6, 'exponent': 2.0, 'wandb_tag': 'mine',
-              'derived': {'num_params': 100, 'steps': len(losses) - 1}}
+              'derived': {'num_params': 100, 'steps': len(losses) - 1}, 'environment': {'revision': 'abc1234', 'device': 'cpu'}}
     (folder / 'config.yaml').write_text(yaml.safe_dump(config))
     rows = [{'step': i, 'tokens': 4 * i, 'compute': 2400 * i, 'lr': 0.01, 'test_loss': loss} for i, loss in enumerate(losses)]
     (folder / 'history.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + tail)
     if state:
-        (folder / 'summary.json').write_text(json.dumps({'state': state}))
+        (folder / 'summary.json').write_text(json.dumps({'state': state, 'wall_seconds': 720.0, 'seeds_fused': 2}))
 
 
 def test_a_folder_of_runs(tmp_path):
