@@ -20,7 +20,7 @@ FAULTS = {  # fault: (log, condition)
 REPEAT_FROM, REPEATED = 0.1, 0.005  # from this share of the horizon on, the last such share of it is all the data there is
 
 
-def train_repeated(widths=(36, 52), seeds=(0, 1, 2)):
+def train_repeated(widths=(32, 44), seeds=(0, 1, 2)):
     """Trains laptop models that from REPEAT_FROM on see one stretch of data again and again, in runs/laptop_fault_repeat."""
     import data
     import hosts
