@@ -172,7 +172,7 @@ def blocks(tokens: Tokens, what: str | None = None):
 
     `what` names the work on a progress bar.
     """
-    with tqdm(total=tokens.size, desc=what, unit=' tokens', unit_scale=True, disable=what is None, leave=False) as bar:
+    with tqdm(total=tokens.size, desc=what, unit=' tokens', unit_scale=True, disable=what is None, leave=False, delay=1) as bar:
         for file, part in zip(tokens.files, tokens.parts, strict=True):
             for start in range(0, len(part), BLOCK):
                 offset = part.offset + start * part.itemsize
@@ -197,7 +197,7 @@ def check_ids(tokens: Tokens, V: int) -> None:
     """Raise ValueError with file, position and value of the first id that is not below V. Reads everything once."""
     if np.iinfo(tokens.dtype).max < V:
         return
-    for file, start, ids in blocks(tokens):
+    for file, start, ids in blocks(tokens, 'checking ids'):
         if ids.max() >= V:
             at = int(np.argmax(ids >= V))
             raise ValueError(f'{file}: token {start + at} is {ids[at]}, but ids must lie below V={V}; set '
