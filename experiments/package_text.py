@@ -3,8 +3,9 @@
     python -m experiments.package_text pandas      -> pandas_text/train.bin, test.bin, meta.json
 
 requirements.lock pins pandas 3.1.1 (BSD 3-clause licence, 1,440 files, 24 MB), so that the text is the same everywhere. One token
-is one ASCII character (others become '?'). Files come in the order of the SHA-256 of their paths, which shuffles them the same way
-on each machine; the first of them, up to TEST characters, are the test set: no file is in both.
+is one ASCII character (others become '?'). Files come in the order of the SHA-256 of their paths, the same on each machine; the
+first of them, up to TEST characters, are the test set: no file is in both. Either set is then cut into pieces of PIECE characters,
+the sequences of a model with L = PIECE, which are shuffled: a batch of neighbours would be of one file, and the loss follow it.
 """
 
 import argparse
@@ -13,10 +14,13 @@ import importlib.metadata
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+
 import prepare
 
 VOCABULARY = [chr(i) for i in range(128)]
 TEST = 400_000  # characters, a little more as files are whole
+PIECE = 128
 
 
 def texts(package):
@@ -31,24 +35,31 @@ def texts(package):
         yield (root / name).read_text(encoding='utf-8', errors='replace').encode('ascii', 'replace').rstrip() + b'\n'
 
 
+def shuffled(text):
+    """Its whole pieces in an order that is always the same."""
+    pieces = np.frombuffer(text, np.uint8)[:len(text) // PIECE * PIECE].reshape(-1, PIECE)
+    return np.random.default_rng(0).permutation(pieces).tobytes()
+
+
 def make(package, out):
     """Write the data set; nothing if `out` holds it already."""
     distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
-    source = {'package': package, 'version': importlib.metadata.version(distribution), 'test': TEST}
+    source = {'package': package, 'version': importlib.metadata.version(distribution), 'test': TEST, 'piece': PIECE}
     with prepare.workplace(out, source) as folder:
         if folder is None:
             return
-        sizes = {'train': 0, 'test': 0}
-        with open(out / 'train.bin.part', 'wb') as train, open(out / 'test.bin.part', 'wb') as test:
-            for text in texts(package):
-                name, file = ('test', test) if sizes['test'] < TEST else ('train', train)
-                sizes[name] += file.write(text)
-            if not sizes['train']:
-                raise ValueError(f'{package}: {sizes["test"]} characters are too few to train on with a test set of {TEST}')
-            prepare.to_disk(train)
-            prepare.to_disk(test)
+        parts, size = {'test': [], 'train': []}, 0
+        for text in texts(package):
+            parts['test' if size < TEST else 'train'].append(text)
+            size += len(text)
+        if not parts['train']:
+            raise ValueError(f'{package}: {size} characters are too few to train on with a test set of {TEST}')
+        for name, part in parts.items():
+            with open(out / f'{name}.bin.part', 'wb') as file:
+                file.write(shuffled(b''.join(part)))
+                prepare.to_disk(file)
         prepare.complete(out, {'source': source, 'vocab_size': len(VOCABULARY), 'vocabulary': VOCABULARY})
-    print(f'{out}: {sizes["train"]:,} characters to train on, {sizes["test"]:,} to test on')
+    print(f'{out}: {size:,} characters')
 
 
 def main():

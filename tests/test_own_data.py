@@ -45,11 +45,15 @@ def test_sources_of_a_package_are_the_same_characters_everywhere(tmp_path, monke
         (package / name).write_text(f'# {i} naïve\n\n')
     monkeypatch.syspath_prepend(tmp_path / 'elsewhere')
     monkeypatch.setattr(package_text, 'TEST', 60)
+    monkeypatch.setattr(package_text, 'PIECE', 2)
     monkeypatch.setattr(package_text.importlib.metadata, 'version', lambda name: '1')
     package_text.make('some_package', tmp_path / 'text')
     test, train = ((tmp_path / 'text' / f'{name}.bin').read_bytes() for name in ('test', 'train'))
     order = sorted(range(21), key=lambda i: hashlib.sha256(names[i].encode()).digest())
-    assert (test + train).decode() == ''.join(f'# {i} na?ve\n' for i in order)
-    assert 60 <= len(test) < 60 + len('# 10 na?ve\n') and test.endswith(b'\n')
+    text = ''.join(f'# {i} na?ve\n' for i in order).encode()
+    end = 60 + (text + b'\n').index(b'\n', 59) - 59  # of the file that reaches 60
+    for found, wanted in ((test, text[:end]), (train, text[end:])):
+        pieces = [wanted[i:i + 2] for i in range(0, len(wanted) - 1, 2)]
+        assert sorted(pieces) == sorted(found[i:i + 2] for i in range(0, len(found), 2)) and found != wanted
     with pytest.raises(ValueError, match='no such package'):
         package_text.make('no_such_package', tmp_path / 'none')
