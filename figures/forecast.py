@@ -119,9 +119,9 @@ def whole_L0(ladder):
     return scaling_law.fit(ladder.compute, [L[:, -1].mean() for L in ladder.losses]).L0
 
 
-def judge(x, band, curves, truth, L0):
-    """The error of a forecast (its bands), beside those of the baselines."""
-    inside = ((truth >= band['lo90']) & (truth <= band['hi90']))[x >= FROM - 1e-9]
+def judge(x, band, curves, truth, L0, seen=0.0):
+    """The error of a forecast (its bands), beside those of the baselines; coverage is of what was not seen."""
+    inside = ((truth >= band['lo90']) & (truth <= band['hi90']))[(x >= FROM - 1e-9) & (x > seen + 1e-9)]
     others = {name: error(x, curve, truth, L0) for name, curve in curves.items()}
     return error(x, band['mean'], truth, L0) | {
         'baseline_final': others['power law']['final'], 'covered90': float(inside.mean()),
@@ -137,7 +137,7 @@ def leave_out(table, seens=(0.0,), fewest=4):
             for seen in seens:
                 small, target = split(ladder, p, ladder.p[n - 1], seen)
                 band = bands(forecast(small, target).loss[:, 0])
-                found = judge(ladder.fine, band, baselines(small, target.compute), target.truth, L0)
+                found = judge(ladder.fine, band, baselines(small, target.compute), target.truth, L0, seen)
                 rows.append({'models': n, 'p': p, 'times_compute': target.compute / small.compute[-1], 'seen': seen, **found})
     return rows
 
@@ -195,7 +195,7 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
               'baselines': {name: {'final': float(curve[-1]), 'curve': curve} for name, curve in curves.items()},
               'truth': target.truth, 'error': None}
     if target.truth is not None:
-        result['error'] = judge(small.fine, band, curves, target.truth, whole_L0(ladder))
+        result['error'] = judge(small.fine, band, curves, target.truth, whole_L0(ladder), seen)
     return result, notes
 
 

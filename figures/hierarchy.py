@@ -23,10 +23,11 @@ from figures.table import LogError
 KNOTS = np.array([0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0])  # x of the model, dense where curves bend
 EXPONENT = 0.16, 0.07  # prior of b: Hoffmann et al. 2022 0.15 in compute, Henighan et al. 2020 0.05 to 0.24
 FADING = 0.4           # q: of corrections to scaling; a model's 10% are 4% at ten times its compute
-MEMORY = 0.7           # of the noise along a run, in units of log x; a moderate value serves all the logs there are
+MEMORY = 1.5           # of the noise along a run, in log x: of ten kernels the likeliest, from seeds' differences in four ladders
 # Log-uniform priors: the exponent's walk (w), d's trend and walk (a nat of compute and of x), the shared part of the noise.
 SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
 ONE_SEED = 0.01 ** 2 * np.array([0.4, 0.4, 0.2])  # shape of the noise where no model has two seeds; its size is then sampled
+NEAR = 0.95            # a loss nearer to the plateau than this share is taken to be there
 FLAT = 1.0             # prior variance of g about the ladder's mean: nothing is known
 
 
@@ -38,13 +39,14 @@ class Ladder(NamedTuple):
     losses: list         # M arrays [seeds, K]
     fine: np.ndarray     # [G] the grid of figures/collapse.py
     mean: np.ndarray     # [M, G] seed means on it
+    plateau: float       # loss before the first update, inf if the log does not have it
 
 
 class Draws(NamedTuple):
     """Posterior draws of the curves of models that are not (wholly) seen."""
     L0: np.ndarray       # [S]
     loss: np.ndarray     # [S, T, G] at Ladder.fine
-    scales: np.ndarray   # [S, 5]
+    scales: np.ndarray   # [S, 6]
 
 
 def gather(table, more=()):
@@ -56,8 +58,9 @@ def gather(table, more=()):
         raise LogError(f'a forecast needs a ladder of at least three models, got {len(points.p)}')
     use = fine.x >= curves.x[0] - 1e-9
     mean = np.stack([fine.loss[fine.model == m][:, use].mean(0) for m in range(len(fine.p))])
+    start = table.loc[table['compute'] == 0, 'test_loss'].median()
     return Ladder(curves.x, points.p, points.compute, [curves.loss[curves.model == m] for m in range(len(curves.p))],
-                  fine.x[use], mean)
+                  fine.x[use], mean, float(start) if np.isfinite(start) else np.inf)
 
 
 def choose(ladder, keep):
@@ -65,6 +68,23 @@ def choose(ladder, keep):
     index = np.arange(len(ladder.p))[keep]
     return ladder._replace(p=ladder.p[index], compute=ladder.compute[index], losses=[ladder.losses[i] for i in index],
                            mean=ladder.mean[index])
+
+
+def link(loss, L0, plateau, kappa):
+    """z = the log of the power law behind a loss, and dz/dlog(loss - L0): what is learned is bounded by the plateau.
+
+    (L - L0)^-k = e^(-k·z) + (plateau - L0)^-k, k = 1/kappa: the M4 of Alabdulmohsin et al. 2022 for k = 1, the plain logarithm
+    for k → ∞. loss [H, ...]; L0, kappa [H].
+    """
+    L0, k = (np.reshape(one, np.shape(one) + (1,) * (np.ndim(loss) - 1)) for one in (L0, 1 / kappa))
+    left = 1 - np.minimum((loss - L0) / (plateau - L0), NEAR) ** k
+    return np.log(loss - L0) - np.log(left) / k, 1 / left
+
+
+def unlink(z, L0, plateau, kappa):
+    """Reducible loss of z, the inverse of link; shapes as there."""
+    L0, k = (np.reshape(one, np.shape(one) + (1,) * (np.ndim(z) - 1)) for one in (L0, 1 / kappa))
+    return np.exp(z - np.logaddexp(0, k * (z - np.log(plateau - L0))) / k)
 
 
 def noise(ladder, L0, x):
@@ -82,9 +102,9 @@ def noise(ladder, L0, x):
 
 
 def along(x):
-    """[3, K, K] correlations along a run: of the whole run, remembered over MEMORY, white."""
-    s = np.log(x)
-    return np.stack([np.ones((len(x), len(x))), np.exp(-np.abs(s[:, None] - s) / MEMORY), np.eye(len(x))])
+    """[3, K, K] correlations along a run: of the whole run, remembered over MEMORY (Matérn 3/2), white."""
+    lag = np.sqrt(3) * np.abs(np.log(x)[:, None] - np.log(x)) / MEMORY
+    return np.stack([np.ones_like(lag), (1 + lag) * np.exp(-lag), np.eye(len(x))])
 
 
 def _across(u):
@@ -139,51 +159,57 @@ def field(ladder, compute, losses=None, seeds=1):
 
 
 def _read(field, scales):
-    """scales [H, 5] = (arcsin (L0/top)^¼, log of SCALES) -> L0 [H], weights of the parts [H, 9]."""
+    """scales [H, 6] = (arcsin (L0/top)^¼, kappa, log of SCALES) -> L0 [H], kappa [H], weights of the parts [H, 9]."""
     share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: L0 may be anything, and next to nothing rather often
     own = np.stack([np.interp(share, field.share, one) for one in field.noise.T], -1)
-    return share * field.top, np.concatenate([np.exp(2 * scales[:, 1:4]), own, np.exp(2 * scales[:, 4:]) * own], 1)
+    return share * field.top, scales[:, 1], np.concatenate([np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
 
 
-def _values(field, L0):
-    """What is seen as log(L - L0) less its prior mean [H, n]; its level at each knot [H, K]; the log Jacobian of L [H].
+def _values(field, L0, kappa):
+    """What is seen as link(L) less its prior mean [H, n]; its level at each knot [H, K]; the log Jacobian of L [H]; and
+    dz/dlog(L - L0) of all entries [H, N], by which noise grows near the plateau: not seen, it is the largest model's.
 
     One value a knot goes into g, whose prior is flat in the loss: it does not count in the Jacobian.
     """
-    level = np.log(field.loss - L0[:, None, None])       # [H, M + T, K]
+    level, slope = link(np.broadcast_to(field.loss, (len(L0), *field.loss.shape)), L0, field.ladder.plateau, kappa)  # [H, M + T, K]
     centre = np.nanmean(level, 1)
     count = np.isfinite(field.loss).sum(0)
+    per_loss = np.nanmean(np.log(slope) - np.log(field.loss - L0[:, None, None]), 1)     # [H, K]
     value = level - centre[:, None] + EXPONENT[0] * field.u[:, None]
-    return value.reshape(len(L0), -1)[:, field.seen], centre, -((count - 1) * centre).sum(-1)
+    slope = np.where(np.isfinite(slope), slope, slope[:, len(field.ladder.p) - 1, None]).reshape(len(L0), -1)
+    return value.reshape(len(L0), -1)[:, field.seen], centre, ((count - 1) * per_loss).sum(-1), slope
 
 
 def evidence(field, scales):
-    """Log posterior density of scales [H, 5], up to a constant."""
-    L0, weights = _read(field, scales)
-    value, _, jacobian = _values(field, L0)
+    """Log posterior density of scales [H, 6], up to a constant."""
+    L0, kappa, weights = _read(field, scales)
+    value, _, jacobian, slope = _values(field, L0, kappa)
     n = len(field.seen)
     bordered = np.full((len(L0), n + 1, n + 1), 1e15)
-    bordered[:, :n, :n] = _among_seen(field, weights)
+    bordered[:, :n, :n] = _among_seen(field, weights, slope)
     bordered[:, n, :n] = bordered[:, :n, n] = value
     factor = np.linalg.cholesky(bordered)                # the last row is the whitened value
     logdet = np.log(np.diagonal(factor, axis1=1, axis2=2)[:, :n]).sum(-1)
     return jacobian - logdet - 0.5 * (factor[:, n, :n] ** 2).sum(-1)
 
 
-def _among_seen(field, weights):
-    n = len(field.seen)
+def _among_seen(field, weights, slope):
+    n, slope = len(field.seen), slope[:, field.seen]
     # einsum, not @: a matrix product of this shape wakes threads that cost more than they do
-    return np.einsum('hj,jn->hn', np.insert(weights, 0, 1, axis=1), field.among).reshape(-1, n, n)
+    model = np.einsum('hj,jn->hn', np.insert(weights[:, :3], 0, 1, axis=1), field.among[:4]).reshape(-1, n, n)
+    return model + np.einsum('hj,jn->hn', weights[:, 3:], field.among[4:]).reshape(-1, n, n) * slope[:, :, None] * slope[:, None]
 
 
-def _covariance(field, weights, rows, columns):
+def _covariance(field, weights, slope, rows, columns):
     at = np.ix_(rows, columns)
-    return field.fixed[at] + np.tensordot(weights, np.stack([part[at] for part in field.parts]), 1)
+    parts = np.stack([part[at] for part in field.parts])
+    model = field.fixed[at] + np.tensordot(weights[:, :3], parts[:3], 1)
+    return model + np.tensordot(weights[:, 3:], parts[3:], 1) * slope[:, rows, None] * slope[:, None, columns]
 
 
 def sample(field, rng, walkers=150, steps=60, keep=30):
     """Scales [walkers·keep, 5] from their posterior: the affine-invariant ensemble of Goodman & Weare (2010)."""
-    low, high = np.concatenate([[0.0], SCALES[:, 0]]), np.concatenate([[1.5], SCALES[:, 1]])
+    low, high = np.concatenate([[0.0, 0.02], SCALES[:, 0]]), np.concatenate([[1.5, 1.0], SCALES[:, 1]])
     theta = low + (high - low) * rng.random((6 * walkers, len(low)))
     value = evidence(field, theta)
     best = np.argsort(-value)[:walkers]
@@ -207,37 +233,38 @@ def sample(field, rng, walkers=150, steps=60, keep=30):
 
 
 def conditional(field, scales):
-    """Log reducible losses of the targets at the knots, given what is seen and scales [H, 5].
+    """z = link(L) of the targets at the knots, given what is seen and scales [H, 6].
 
-    Returns L0 [H], mean [H, T·K], covariance [H, T·K, T·K], both without the white noise of an evaluation, and that noise's
-    variance [H, T].
+    Returns L0 [H], kappa [H], mean [H, T·K], covariance [H, T·K, T·K], both without the white noise of an evaluation, and that
+    noise's variance [H, T].
     """
-    L0, weights = _read(field, scales)
-    value, centre, _ = _values(field, L0)
+    L0, kappa, weights = _read(field, scales)
+    value, centre, _, slope = _values(field, L0, kappa)
     first = len(field.ladder.p)
     targets = np.arange(first * len(field.ladder.x), field.loss.size)
     smooth = weights * [1, 1, 1, 1, 1, 0, 1, 1, 0]
-    across = _covariance(field, smooth, targets, field.seen)
-    gain = np.linalg.solve(_among_seen(field, weights), np.swapaxes(across, 1, 2))        # [H, n, T·K]
+    across = _covariance(field, smooth, slope, targets, field.seen)
+    gain = np.linalg.solve(_among_seen(field, weights, slope), np.swapaxes(across, 1, 2))        # [H, n, T·K]
     prior = (centre[:, None] - EXPONENT[0] * field.u[first:, None]).reshape(len(L0), -1)
     mean = prior + np.einsum('hnk,hn->hk', gain, value)
     own = 0 if not np.ptp(field.parts[3]) else 1 / field.seeds[first:]
-    return L0, mean, _covariance(field, smooth, targets, targets) - across @ gain, weights[:, 5:6] * own + weights[:, 8:9]
+    white = weights[:, 5:6] * own + weights[:, 8:9]
+    return L0, kappa, mean, _covariance(field, smooth, slope, targets, targets) - across @ gain, white
 
 
 def draw(field, rng, scales, each=2):
-    """`each` posterior curves of every target for each of scales [H, 5], as Draws."""
-    L0, mean, covariance, white = (np.repeat(part, each, 0) for part in conditional(field, scales))
+    """`each` posterior curves of every target for each of scales [H, 6], as Draws."""
+    L0, kappa, mean, covariance, white = (np.repeat(part, each, 0) for part in conditional(field, scales))
     ladder, K = field.ladder, len(field.ladder.x)
     factor = np.linalg.cholesky(covariance + 1e-10 * np.eye(covariance.shape[-1]))
     z = mean + np.einsum('hij,hj->hi', factor, rng.normal(size=mean.shape))
     z = z.reshape(len(L0), -1, K)
     # Between the knots the ladder's own mean curve leads; what departs from it is interpolated.
-    lead = np.log(ladder.mean - L0[:, None, None]).mean(1)                                            # [H, G]
+    lead = link(np.broadcast_to(ladder.mean, (len(L0), *ladder.mean.shape)), L0, ladder.plateau, kappa)[0].mean(1)   # [H, G]
     s, fine = np.log(ladder.x), np.log(ladder.fine)
     right = np.clip(np.searchsorted(s, fine), 1, len(s) - 1)
     part = np.clip((fine - s[right - 1]) / (s[right] - s[right - 1]), 0, 1)
     away = z - np.stack([np.interp(s, fine, one) for one in lead])[:, None]
     away = away[..., right - 1] * (1 - part) + away[..., right] * part
-    away += np.sqrt(white)[..., None] * rng.normal(size=away.shape)
-    return Draws(L0, L0[:, None, None] + np.exp(lead[:, None] + away), scales)
+    loss = unlink(lead[:, None] + away, L0, ladder.plateau, kappa) * np.exp(np.sqrt(white)[..., None] * rng.normal(size=away.shape))
+    return Draws(L0, L0[:, None, None] + loss, np.repeat(scales, each, 0))
