@@ -1,6 +1,7 @@
 """Foresee a run before it is trained: a larger model's whole loss curve from a ladder of smaller ones, with intervals.
 
     python -m figures.forecast LOG --target D=2048 [--max-width 1024] [--seen 0.3]
+    python -m figures.forecast LOG --target each [--seen 0.3]            every larger model from every set of smaller ones
     python -m figures.forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
 
 The model is hierarchy.py's; here are targets, budgets, baselines and errors. Errors are relative to the reducible loss L - L0 of
@@ -201,7 +202,8 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
 
 def main():
     parse = command.parser(__doc__.splitlines()[0], 'forecast')
-    parse.add_argument('--target', required=True, metavar='p=…|D=…', help='the model to forecast: its parameters or its width')
+    parse.add_argument('--target', required=True, metavar='p=…|D=…|each',
+                       help='the model to forecast: its parameters or its width; or each of the log from all that are smaller')
     parse.add_argument('--horizon', type=float, metavar='TOKENS', help='its tokens (default: by the ladder\'s rule)')
     parse.add_argument('--seen', type=float, default=0.0, metavar='X', help='read the target\'s own first part, up to x = X, too')
     parse.add_argument('--rate', type=float, metavar='FLOP/S', help='of your machine in training, for the hours')
@@ -219,12 +221,25 @@ def main():
         table = table[table['D'] >= args.min_width]
     if not 0 <= args.seen < 1:
         raise LogError(f'--seen {args.seen:g} must lie between 0 and 1')
+    if args.target == 'each':
+        rows = leave_out(table, (args.seen,), fewest=3 if table['num_params'].nunique() < 6 else 5)
+        return command.report(args, {'splits': rows}, split_lines(rows), notes)
     result, more = analyse(table, args.target, args.max_width, args.seen, args.horizon, args.rate, args.schedule,
                            clean(load(args.pairs))[0] if args.pairs else None)
     if args.out:
         from figures import draw
         command.save(lambda: draw.forecast(table, result), args.out)
     command.report(args, result | {'duplicates_dropped': copies}, lines(result), notes + more)
+
+
+def split_lines(rows):
+    """leave_out for people."""
+    out = ['models  p of target  compute   median   worst   final power law  in the 90% band']
+    keys = ('reducible_median', 'reducible_worst', 'final', 'baseline_final', 'covered90')
+    shape = ' {:7.2%} {:7.2%} {:7.2%} {:9.2%}  {:.0%}'
+    for row in rows:
+        out.append(f'{row["models"]:6} {row["p"]:12.4g} × {row["times_compute"]:6.3g}' + shape.format(*(row[k] for k in keys)))
+    return [*out, f'{"mean":28}' + shape.format(*(np.mean([row[k] for row in rows]) for k in keys))]
 
 
 def lines(result):
