@@ -167,7 +167,7 @@ def _read(field, scales):
 
 def _values(field, L0, kappa):
     """What is seen as link(L) less its prior mean [H, n]; its level at each knot [H, K]; the log Jacobian of L [H]; and
-    dz/dlog(L - L0) of all entries [H, N], by which noise grows near the plateau: not seen, it is the largest model's.
+    dz/dlog(L - L0) of all entries [H, N], by which noise grows near the plateau: not seen, it is that of the model nearest in size.
 
     One value a knot goes into g, whose prior is flat in the loss: it does not count in the Jacobian.
     """
@@ -176,7 +176,8 @@ def _values(field, L0, kappa):
     count = np.isfinite(field.loss).sum(0)
     per_loss = np.nanmean(np.log(slope) - np.log(field.loss - L0[:, None, None]), 1)     # [H, K]
     value = level - centre[:, None] + EXPONENT[0] * field.u[:, None]
-    slope = np.where(np.isfinite(slope), slope, slope[:, len(field.ladder.p) - 1, None]).reshape(len(L0), -1)
+    nearest = np.abs(field.u[:, None] - field.u[:len(field.ladder.p)]).argmin(1)
+    slope = np.where(np.isfinite(slope), slope, slope[:, nearest]).reshape(len(L0), -1)
     return value.reshape(len(L0), -1)[:, field.seen], centre, ((count - 1) * per_loss).sum(-1), slope
 
 
