@@ -20,7 +20,7 @@ from figures import command, forecast, hierarchy
 from figures import table as logs
 from figures.table import LogError
 
-ALARM = 0.01  # two points in a row below this, and all later ones so far, are an alarm; under 5% of healthy runs on every log
+ALARM = 0.01  # two points in a row below this, and all later ones so far, alarm; 2 of the laptop ladder's 25 healthy runs do
 HABITS = ('schedule', 'decay_frac', 'peak_lr', 'B', 'N', 'L', 'match_mup_at_D')  # what a run shares with its ladder
 
 
