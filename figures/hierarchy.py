@@ -23,7 +23,8 @@ from figures.table import LogError
 KNOTS = np.array([0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0])  # x of the model, dense where curves bend
 EXPONENT = 0.16, 0.07  # prior of b: Hoffmann et al. 2022 0.15 in compute, Henighan et al. 2020 0.05 to 0.24
 FADING = 0.4           # q: of corrections to scaling; a model's 10% are 4% at ten times its compute
-MEMORY = 1.5           # of the noise along a run, in log x: of ten kernels the likeliest, from seeds' differences in four ladders
+MEMORY = 1.5           # of the noise along a run, in log x: by the seeds' differences in four ladders, within a nat of the
+                       # likeliest of 14 kernels tried (Matérn 3/2 with 2.0), and 50 nats above an exponential one of 0.7
 # Log-uniform priors: the exponent's walk (w), d's trend and walk (a nat of compute and of x), the shared part of the noise.
 SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
 ONE_SEED = 0.01 ** 2 * np.array([0.4, 0.4, 0.2])  # shape of the noise where no model has two seeds; its size is then sampled
