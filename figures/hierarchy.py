@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
+from scipy.special import logsumexp, ndtr
 
 from figures import collapse, scaling_law
 from figures.table import LogError
@@ -30,6 +31,7 @@ SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
 ONE_SEED = 0.01 ** 2 * np.array([0.4, 0.4, 0.2])  # shape of the noise where no model has two seeds; its size is then sampled
 NEAR = 0.95            # a loss nearer to the plateau than this share is taken to be there
 FLAT = 1.0             # prior variance of g about the ladder's mean: nothing is known
+ENOUGH, TAILS = 400, 5  # even weights that a sample is worth; degrees of freedom of its proposals
 
 
 class Ladder(NamedTuple):
@@ -209,29 +211,45 @@ def _covariance(field, weights, slope, rows, columns):
     return model + np.tensordot(weights[:, 3:], parts[3:], 1) * slope[:, rows, None] * slope[:, None, columns]
 
 
-def sample(field, rng, walkers=150, steps=60, keep=30):
-    """Scales [walkers·keep, 5] from their posterior: the affine-invariant ensemble of Goodman & Weare (2010)."""
+def sample(field, rng, size=500, each=400, rounds=30):
+    """Scales [size, 6] from their posterior, by adaptive multiple importance sampling (Cornuet et al. 2012).
+
+    In coordinates z whose prior is standard normal, so that likelihood × prior has light tails, `each` draws a round are taken from
+    a Student t with the moments of all before, the prior first; every draw is weighed by the mixture of all rounds. It ends when
+    the weights are worth ENOUGH even ones; that takes some 3,000 draws. Raises LogError if it comes to nothing.
+    """
     low, high = np.concatenate([[0.0, 0.02], SCALES[:, 0]]), np.concatenate([[1.5, 1.0], SCALES[:, 1]])
-    theta = low + (high - low) * rng.random((6 * walkers, len(low)))
-    value = evidence(field, theta)
-    best = np.argsort(-value)[:walkers]
-    theta, value, kept = theta[best], value[best], []
-    for step in range(steps):
-        for parity in (0, 1):
-            half = slice(parity, None, 2)
-            here, others = theta[half], theta[1 - parity::2]
-            stretch = (1 + rng.random(len(here))) ** 2 / 2
-            other = others[rng.integers(len(others), size=len(here))]
-            trial = other + stretch[:, None] * (here - other)
-            inside = ((trial >= low) & (trial <= high)).all(1)
-            new = np.full(len(here), -np.inf)
-            new[inside] = evidence(field, trial[inside])
-            accept = np.log(rng.random(len(here))) < (len(low) - 1) * np.log(stretch) + new - value[half]
-            theta[half] = np.where(accept[:, None], trial, here)
-            value[half] = np.where(accept, new, value[half])
-        if step >= steps - keep:
-            kept.append(theta.copy())
-    return np.concatenate(kept)
+    n, proposals = len(low), [(np.zeros(len(low)), np.eye(len(low)))]
+    z, target = np.empty((0, n)), np.empty(0)
+    for _ in range(rounds):
+        mean, factor = proposals[-1]
+        new = mean + (rng.normal(size=(each, n)) / np.sqrt(rng.chisquare(TAILS, (each, 1)) / TAILS)) @ factor.T
+        z, target = np.concatenate([z, new]), np.concatenate([target, evidence(field, low + (high - low) * ndtr(new))])
+        density = logsumexp([-(TAILS + n) / 2 * np.log1p((np.linalg.solve(F, (z - m).T) ** 2).sum(0) / TAILS)
+                             - np.log(np.diagonal(F)).sum() for m, F in proposals], axis=0)
+        log_weight = target - (z ** 2).sum(1) / 2 - density
+        weight = _even(log_weight, 1.0)
+        if _worth(weight) >= ENOUGH:
+            break
+        power = 1.0
+        while _worth(tempered := _even(log_weight, power)) < 10 * n:  # else a few lucky draws would make the next round too narrow
+            power *= 0.8
+        mean = tempered @ z
+        proposals.append((mean, np.linalg.cholesky((tempered * (z - mean).T) @ (z - mean) + 1e-6 * np.eye(n))))
+    if not _worth(weight) >= ENOUGH / 10:
+        raise LogError(f'the posterior of this ladder could not be sampled: {len(z)} draws are worth {_worth(weight):.0f}')
+    cumulative = np.cumsum(weight)
+    return low + (high - low) * ndtr(z[np.searchsorted(cumulative / cumulative[-1], (np.arange(size) + rng.random()) / size)])
+
+
+def _even(log_weight, power):
+    weight = np.exp(power * (log_weight - log_weight.max()))
+    return weight / weight.sum()
+
+
+def _worth(weight):
+    """Effective sample size of normalised weights."""
+    return 1 / (weight ** 2).sum()
 
 
 def conditional(field, scales):

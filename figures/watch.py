@@ -50,7 +50,7 @@ def expect(ladder, p, seed=0):
     if len(ladder.p) < 3:
         raise LogError(f'{len(ladder.p)} models in the ladder; watching a run needs at least three')
     compute = float(forecast.optimal_compute(ladder, p))
-    draws = forecast.posterior(ladder, [compute], seed=seed, walkers=60)  # quicker; one run's noise hides the difference
+    draws = forecast.posterior(ladder, [compute], seed=seed)
     x = ladder.x
     loss = np.stack([np.interp(np.log(x), np.log(ladder.fine), one) for one in draws.loss[:, 0]])
     median = np.median(loss, 0)

@@ -25,11 +25,11 @@ def forecast_of(ladder, n, seen=0.0, **options):
 
 
 def test_a_planted_law_is_foreseen(ladder):
-    """From four models, 15 times the compute away, where a run's own noise is 1% of the reducible loss: to 8%; L0 is covered."""
+    """From four models, 15 times the compute away, where a run's own noise is 1% of the reducible loss: to 6%; L0 is covered."""
     small, target, draws, band = forecast_of(ladder, 4)
     found = forecast.judge(small.fine, band, forecast.baselines(small, target.compute), target.truth, 0.1)
     assert target.compute / small.compute[-1] > 10
-    assert found['reducible_median'] < 0.08 and found['covered90'] > 0.8
+    assert found['reducible_median'] < 0.06 and found['covered90'] > 0.8
     low, high = scaling_law.interval(draws.L0)
     assert low <= 0.1 <= high
 
@@ -44,7 +44,7 @@ def test_bands_hold_what_they_say():
     """16 random ladders of 4 to 8 widths, all laws and noises drawn: the 90% bands hold 80 to 97% of the curves.
 
     Within a ladder the points of a curve rise and fall together, so the share is that of some 20 independent events and has a
-    standard error of 0.06 (and 0.99 is the limit: they are rather wide here); control: the 50% bands hold far less.
+    standard error of 0.06; control: the 50% bands hold far less.
     """
     inside = {'50': [], '90': []}
     for seed in range(16):
@@ -54,7 +54,7 @@ def test_bands_hold_what_they_say():
         small, target, _, band = forecast_of(ladder, rng.integers(4, len(ladder.p)))
         for level, hits in inside.items():
             hits.append(((target.truth >= band[f'lo{level}']) & (target.truth <= band[f'hi{level}'])).mean())
-    assert 0.80 <= np.mean(inside['90']) <= 0.99, np.mean(inside['90'])
+    assert 0.80 <= np.mean(inside['90']) <= 0.98, np.mean(inside['90'])
     assert 0.35 <= np.mean(inside['50']) <= 0.75, np.mean(inside['50'])
 
 
@@ -68,9 +68,9 @@ def test_no_early_data_is_the_forecast_and_the_whole_curve_is_the_truth(ladder):
     assert abs(final['mean'] - target.truth[-1]) < 2e-4 * target.truth[-1]
 
 
-def test_an_early_part_narrows_the_band(ladder):
+def test_each_further_part_narrows_the_band(ladder):
     width = [np.ptp([band['lo90'][-1], band['hi90'][-1]]) for band in (forecast_of(ladder, 4, seen)[3] for seen in (0, 0.1, 0.3))]
-    assert width[0] > 1.15 * max(width[1:]), width  # with little seen, the scales' draws move a width by some 30%
+    assert width[0] > 1.3 * width[1] > 1.1 * width[2], width
 
 
 def test_a_run_off_the_law_is_followed_as_far_as_the_ladder_lets_it(ladder):
