@@ -1,10 +1,12 @@
 """The hierarchical model of a ladder: given the floor L0, the logs of all its reducible losses are one Gaussian field.
 
-    log(L_m(x) - L0) = g(x) - b·u + w(u) + d(x, u) + noise(m, x),     u = log C* of model m, x = C/C*
+    z = link(L_m(x)) = g(x) - b·u + w(u) + d(x, u) + noise(m, x),     u = log C* of model m, x = C/C*
 
-g, the universal curve, is free. b has a wide prior from published laws. w is what the law departs from a power law, d the drift
-of ℓ with size; both are corrections to scaling, whose steps die out as C*^(-q) (the paper's limit is the common curve), and d has
-a lasting trend beside them. d vanishes at x = 1, where ℓ = 1, and is the freer the earlier. The noise has the seeds' covariance,
+link is log(L - L0), but for small models near the plateau before learning. g, the universal curve, is free. b has a wide prior from
+published laws. w is what the law departs from a power law, d the drift of ℓ with size; w and d's early transients are corrections to
+scaling, whose steps die out as C*^(-q) (the paper's limit is the common curve). d has a lasting part beside them, smooth in log x: a
+floor L0 that is off bends the curves smoothly too, and where a rough d would have to explain that, L0 did and was too sure of itself.
+d vanishes at x = 1, where ℓ = 1, and is the freer the earlier. The noise has the seeds' covariance,
 and a share that all seeds of a model have in common: they see the same batches.
 
 So a curve's early part, its end and the other models' curves are jointly Gaussian: a forecast is conditioning, and an early
@@ -26,7 +28,7 @@ EXPONENT = 0.16, 0.07  # prior of b: Hoffmann et al. 2022 0.15 in compute, Henig
 FADING = 0.4           # q: of corrections to scaling; a model's 10% are 4% at ten times its compute
 MEMORY = 1.5           # of the noise along a run, in log x: by the seeds' differences in four ladders, within a nat of the
                        # likeliest of 14 kernels tried (Matérn 3/2 with 2.0), and 50 nats above an exponential one of 0.7
-# Log-uniform priors: the exponent's walk (w), d's trend and walk (a nat of compute and of x), the shared part of the noise.
+# Log-uniform priors: the exponent's walk (w), d's lasting part (a nat of compute and of x) and transients, the shared noise.
 SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
 ONE_SEED = 0.01 ** 2 * np.array([0.4, 0.4, 0.2])  # shape of the noise where no model has two seeds; its size is then sampled
 NEAR = 0.95            # a loss nearer to the plateau than this share is taken to be there
@@ -111,11 +113,12 @@ def along(x):
 
 
 def _across(u):
-    """Covariances [3, M, M] of w, of the trend and of the walk between models at u = log C*, the last two times d's share."""
+    """Covariances [3, M, M] between models at u = log C*: of w, and d's lasting part (trend and steps) and transients."""
     t = np.linspace(u.min(), u.max(), 300)
     steps = np.exp(-2 * FADING * (t - np.median(u))) * (t[1] - t[0])  # variance of a step of the walk
     since = np.maximum(u[:, None] - t, 0)                             # [M, 300]
-    return np.stack([(since * steps) @ since.T, np.outer(u, u), ((since > 0) * steps) @ (since > 0).T])
+    lasting = np.outer(u, u) + np.minimum.outer(u - u.min(), u - u.min())
+    return np.stack([(since * steps) @ since.T, lasting, ((since > 0) * steps) @ (since > 0).T])
 
 
 class Field(NamedTuple):
@@ -127,7 +130,7 @@ class Field(NamedTuple):
     share: np.ndarray    # [G] floors L0/top at which the noise was fitted
     noise: np.ndarray    # [G, 3] its variances there
     fixed: np.ndarray    # [N, N] covariance of g and b
-    parts: np.ndarray    # [9, N, N] covariances that the scales weigh: w, trend, walk; own noise × 3; shared noise × 3
+    parts: np.ndarray    # [9, N, N] covariances that the scales weigh: w, lasting d, early d; own noise × 3; shared noise × 3
     seen: np.ndarray     # [n] entries that are
     among: np.ndarray    # [10, n·n] fixed and parts between them
 
@@ -149,11 +152,13 @@ def field(ladder, compute, losses=None, seeds=1):
     variances = [noise(ladder, one * top, x) for one in share]
     own = np.zeros(len(u)) if variances[0] is None else 1 / seeds
     variances = np.array([ONE_SEED if one is None else one for one in variances])
-    w, trend, walk = _across(u)
+    w, lasting, fading = _across(u)
     correlations = whole, _, white = along(x)
-    late, early = (np.minimum.outer(s, s) for s in (-np.log(x), 1 / x ** 2 - 1))  # Brownian from the end; early: as transients 1/t
+    near, far = (one.outer(-np.log(x), -np.log(x)) for one in (np.minimum, np.maximum))
+    smooth = near * far + near ** 2 * (3 * far - near) / 6            # a slope in log x that walks: the cubic spline's kernel
+    early = np.minimum.outer(1 / x ** 2 - 1, 1 / x ** 2 - 1)          # Brownian from the end, as transients 1/t
     fixed = np.kron(np.ones_like(w), FLAT * white) + EXPONENT[1] ** 2 * np.kron(np.outer(u, u), whole)
-    parts = np.stack([np.kron(w, whole), np.kron(trend, late), np.kron(walk, early),
+    parts = np.stack([np.kron(w, whole), np.kron(lasting, smooth), np.kron(fading, early),
                       *(np.kron(np.diag(own), one) for one in correlations),
                       *(np.kron(np.isclose(u[:, None], u), one) for one in correlations)])  # one size, the same batches
     seen = np.flatnonzero(np.isfinite(loss))
