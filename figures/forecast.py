@@ -154,10 +154,13 @@ def budgets(ladder, times=BUDGETS):
 def reschedule(table, target, draws, fine, name, pairs, times=1.0):
     """Draws of a target at a constant rate as they are under the schedule `name`; see schedules.under.
 
-    α is fitted to the runs of `pairs`, a table of small models under constant and decaying rates (schedules.alpha_of_reference).
+    α is fitted to the runs of `pairs`, a table of small models under constant and decaying rates (schedules.alpha_of_reference),
+    and drawn with its spread from run to run: the schedule law's own error.
     """
+    alpha, spread = schedules.alpha_of_reference(pairs)
+    alpha = alpha + np.nan_to_num(spread) * np.random.default_rng(0).normal(size=len(draws.L0))
     share = schedules.noise_share(table, target.p, draws.L0)
-    reducible = schedules.under(name, fine, draws.loss[:, 0] - draws.L0[:, None], share, schedules.alpha_of_reference(pairs), times)
+    reducible = schedules.under(name, fine, draws.loss[:, 0] - draws.L0[:, None], share, alpha, times)
     return draws._replace(loss=(draws.L0[:, None] + reducible)[:, None])
 
 
@@ -177,8 +180,8 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
         times = 6 * p * tokens / target.compute if tokens else 1.0
         draws = reschedule(table[table['num_params'].isin(small.p)], target, draws, small.fine, schedule, pairs, times)
         target, curves = target._replace(truth=None, compute=target.compute * times), {}
-        notes.append(f'under the {schedule} schedule, from the constant-rate curves: the bands leave out what the schedule law '
-                     'itself gets wrong, and the budgets are for the constant rate')
+        notes.append(f'under the {schedule} schedule, from the constant-rate curves: the bands hold the spread of α over the '
+                     'runs of --pairs, and the budgets are for the constant rate')
     band = bands(draws.loss[:, 0])
     rule = optimal_compute(small, p)
     if not schedule and abs(target.compute / rule - 1) > 0.05:

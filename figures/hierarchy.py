@@ -2,12 +2,12 @@
 
     z = link(L_m(x)) = g(x) - b·u + w(u) + d(x, u) + noise(m, x),     u = log C* of model m, x = C/C*
 
-link is log(L - L0), but for small models near the plateau before learning. g, the universal curve, is free. b has a wide prior from
-published laws. w is what the law departs from a power law, d the drift of ℓ with size; w and d's early transients are corrections to
-scaling, whose steps die out as C*^(-q) (the paper's limit is the common curve). d has a lasting part beside them, smooth in log x: a
-floor L0 that is off bends the curves smoothly too, and where a rough d would have to explain that, L0 did and was too sure of itself.
-d vanishes at x = 1, where ℓ = 1, and is the freer the earlier. The noise has the seeds' covariance,
-and a share that all seeds of a model have in common: they see the same batches.
+link is log(L - L0), but for small models near the plateau before learning. g, the universal curve, is free. b has a wide prior
+from published laws. w is what the law departs from a power law, d the drift of ℓ with size; w and d's early transients are
+corrections to scaling, whose steps die out as C*^(-q) (the paper's limit is the common curve). d has a lasting part beside them,
+smooth in log x: a floor L0 that is off bends the curves smoothly too, and would be blamed for what a rough d cannot explain.
+d vanishes at x = 1, where ℓ = 1, and is the freer the earlier. The noise has the seeds' covariance, and a share that all seeds of a
+model have in common: they see the same batches.
 
 So a curve's early part, its end and the other models' curves are jointly Gaussian: a forecast is conditioning, and an early
 read-out is the same with more to condition on; the scales (L0, the sizes of w and d, the shared noise) are sampled from their
@@ -30,7 +30,7 @@ MEMORY = 1.5           # of the noise along a run, in log x: by the seeds' diffe
                        # likeliest of 14 kernels tried (Matérn 3/2 with 2.0), and 50 nats above an exponential one of 0.7
 # Log-uniform priors: the exponent's walk (w), d's lasting part (a nat of compute and of x) and transients, the shared noise.
 SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
-ONE_SEED = 0.01 ** 2 * np.array([0.4, 0.4, 0.2])  # shape of the noise where no model has two seeds; its size is then sampled
+ONE_SEED = np.array([4e-5, 4e-5, 2e-5, 0])  # shape of the noise where no model has two seeds; its size is then sampled
 NEAR = 0.95            # a loss nearer to the plateau than this share is taken to be there
 FLAT = 1.0             # prior variance of g about the ladder's mean: nothing is known
 ENOUGH, TAILS = 400, 5  # even weights that a sample is worth; degrees of freedom of its proposals
@@ -93,17 +93,26 @@ def unlink(z, L0, plateau, kappa):
 
 
 def noise(ladder, L0, x):
-    """Variance of a run about its model, relative to the reducible loss: (whole run, remembered, white) by least squares.
+    """Noise of a run about its model, relative to the reducible loss: (whole run, remembered, white, tilt).
 
-    None if no model has two seeds.
+    Its standard deviation at x is x^tilt times that of the three parts, whose variances are found by least squares. None if no
+    model has two seeds.
     """
     freedom = sum(len(L) - 1 for L in ladder.losses)
     if not freedom:
         return None
     away = np.concatenate([(L - L.mean(0)) / (L.mean(0) - L0) for L in ladder.losses])
-    covariance = away.T @ away / freedom
+    variance = (away ** 2).sum(0)
+    tilt = np.polyfit(np.log(x), np.log(variance + 1e-9 * variance.max()), 1)[0] / 2
+    covariance = (away / x ** tilt).T @ (away / x ** tilt) / freedom
     found, _ = nnls(along(x).reshape(3, -1).T, covariance.ravel())
-    return np.maximum(found, 1e-3 * np.trace(covariance) / len(x))
+    return np.append(np.maximum(found, 1e-3 * np.trace(covariance) / len(x)), tilt)
+
+
+def noise_covariance(ladder, L0, x):
+    """[K, K] covariance of a run about its model, relative to the reducible loss."""
+    *variances, tilt = ONE_SEED if (found := noise(ladder, L0, x)) is None else found
+    return np.tensordot(variances, along(x), 1) * np.outer(x, x) ** tilt
 
 
 def along(x):
@@ -128,7 +137,7 @@ class Field(NamedTuple):
     u: np.ndarray        # [M + T] log C*, about the ladder's mean
     seeds: np.ndarray    # [M + T]
     share: np.ndarray    # [G] floors L0/top at which the noise was fitted
-    noise: np.ndarray    # [G, 3] its variances there
+    noise: np.ndarray    # [G, 4] its variances and tilt there
     fixed: np.ndarray    # [N, N] covariance of g and b
     parts: np.ndarray    # [9, N, N] covariances that the scales weigh: w, lasting d, early d; own noise × 3; shared noise × 3
     seen: np.ndarray     # [n] entries that are
@@ -167,15 +176,17 @@ def field(ladder, compute, losses=None, seeds=1):
 
 
 def _read(field, scales):
-    """scales [H, 6] = (arcsin (L0/top)^¼, kappa, log of SCALES) -> L0 [H], kappa [H], weights of the parts [H, 9]."""
+    """scales [H, 6] = (arcsin (L0/top)^¼, kappa, log of SCALES) -> L0 [H], kappa [H], weights of the parts [H, 9], tilt [H]."""
     share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: L0 may be anything, and next to nothing rather often
-    own = np.stack([np.interp(share, field.share, one) for one in field.noise.T], -1)
-    return share * field.top, scales[:, 1], np.concatenate([np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
+    *own, tilt = (np.interp(share, field.share, one) for one in field.noise.T)
+    own = np.stack(own, -1)
+    weights = np.concatenate([np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
+    return share * field.top, scales[:, 1], weights, tilt
 
 
-def _values(field, L0, kappa):
+def _values(field, L0, kappa, tilt):
     """What is seen as link(L) less its prior mean [H, n]; its level at each knot [H, K]; the log Jacobian of L [H]; and
-    dz/dlog(L - L0) of all entries [H, N], by which noise grows near the plateau: not seen, it is that of the model nearest in size.
+    how much larger noise is [H, N], by its tilt and dz/dlog(L - L0): where a model is not seen, as at the model nearest in size.
 
     One value a knot goes into g, whose prior is flat in the loss: it does not count in the Jacobian.
     """
@@ -185,14 +196,15 @@ def _values(field, L0, kappa):
     per_loss = np.nanmean(np.log(slope) - np.log(field.loss - L0[:, None, None]), 1)     # [H, K]
     value = level - centre[:, None] + EXPONENT[0] * field.u[:, None]
     nearest = np.abs(field.u[:, None] - field.u[:len(field.ladder.p)]).argmin(1)
-    slope = np.where(np.isfinite(slope), slope, slope[:, nearest]).reshape(len(L0), -1)
+    slope = np.where(np.isfinite(slope), slope, slope[:, nearest]) * field.ladder.x ** tilt[:, None, None]
+    slope = slope.reshape(len(L0), -1)
     return value.reshape(len(L0), -1)[:, field.seen], centre, ((count - 1) * per_loss).sum(-1), slope
 
 
 def evidence(field, scales):
     """Log posterior density of scales [H, 6], up to a constant."""
-    L0, kappa, weights = _read(field, scales)
-    value, _, jacobian, slope = _values(field, L0, kappa)
+    L0, kappa, weights, tilt = _read(field, scales)
+    value, _, jacobian, slope = _values(field, L0, kappa, tilt)
     n = len(field.seen)
     bordered = np.full((len(L0), n + 1, n + 1), 1e15)
     bordered[:, :n, :n] = _among_seen(field, weights, slope)
@@ -260,11 +272,11 @@ def _worth(weight):
 def conditional(field, scales):
     """z = link(L) of the targets at the knots, given what is seen and scales [H, 6].
 
-    Returns L0 [H], kappa [H], mean [H, T·K], covariance [H, T·K, T·K], both without the white noise of an evaluation, and that
-    noise's variance [H, T].
+    Returns L0 [H], kappa [H], mean [H, T·K], covariance [H, T·K, T·K], both without the white noise of an evaluation; that
+    noise's variance [H, T] and the tilt [H].
     """
-    L0, kappa, weights = _read(field, scales)
-    value, centre, _, slope = _values(field, L0, kappa)
+    L0, kappa, weights, tilt = _read(field, scales)
+    value, centre, _, slope = _values(field, L0, kappa, tilt)
     first = len(field.ladder.p)
     targets = np.arange(first * len(field.ladder.x), field.loss.size)
     smooth = weights * [1, 1, 1, 1, 1, 0, 1, 1, 0]
@@ -274,12 +286,12 @@ def conditional(field, scales):
     mean = prior + np.einsum('hnk,hn->hk', gain, value)
     own = 0 if not np.ptp(field.parts[3]) else 1 / field.seeds[first:]
     white = weights[:, 5:6] * own + weights[:, 8:9]
-    return L0, kappa, mean, _covariance(field, smooth, slope, targets, targets) - across @ gain, white
+    return L0, kappa, mean, _covariance(field, smooth, slope, targets, targets) - across @ gain, white, tilt
 
 
 def draw(field, rng, scales, each=2):
     """`each` posterior curves of every target for each of scales [H, 6], as Draws."""
-    L0, kappa, mean, covariance, white = (np.repeat(part, each, 0) for part in conditional(field, scales))
+    L0, kappa, mean, covariance, white, tilt = (np.repeat(part, each, 0) for part in conditional(field, scales))
     ladder, K = field.ladder, len(field.ladder.x)
     factor = np.linalg.cholesky(covariance + 1e-10 * np.eye(covariance.shape[-1]))
     z = mean + np.einsum('hij,hj->hi', factor, rng.normal(size=mean.shape))
@@ -291,5 +303,6 @@ def draw(field, rng, scales, each=2):
     part = np.clip((fine - s[right - 1]) / (s[right] - s[right - 1]), 0, 1)
     away = z - np.stack([np.interp(s, fine, one) for one in lead])[:, None]
     away = away[..., right - 1] * (1 - part) + away[..., right] * part
-    loss = unlink(lead[:, None] + away, L0, ladder.plateau, kappa) * np.exp(np.sqrt(white)[..., None] * rng.normal(size=away.shape))
+    jitter = np.sqrt(white)[..., None] * ladder.fine ** tilt[:, None, None] * rng.normal(size=away.shape)
+    loss = unlink(lead[:, None] + away, L0, ladder.plateau, kappa) * np.exp(jitter)
     return Draws(L0, L0[:, None, None] + loss, np.repeat(scales, each, 0))

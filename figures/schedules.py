@@ -154,8 +154,11 @@ def _term(one, second_term):
 
 
 def alpha_of_reference(table):
-    """α where Tr Σ is the constant-rate run's at equal τ, all that is known of a run not yet trained; some 1.4 times larger."""
-    return fit([one._replace(noise=np.where(one.x < 0.05, np.nan, one.reference_noise)) for one in align(table)[0]]).alpha
+    """(α, its standard deviation from run to run) where Tr Σ is the constant-rate run's at equal τ, all that is known of a run not
+    yet trained; some 1.4 times larger. The deviation is what the law gets wrong of a run; NaN if there is one run only."""
+    aligned = [one._replace(noise=np.where(one.x < 0.05, np.nan, one.reference_noise)) for one in align(table)[0]]
+    each = [fit([one]).alpha for one in aligned if one.decaying.any()]
+    return fit(aligned).alpha, float(np.std(each, ddof=1)) if len(each) > 1 else np.nan
 
 
 def noise_share(table, p, L0, floor=0.1):
@@ -178,7 +181,7 @@ def noise_share(table, p, L0, floor=0.1):
 
 
 def under(name, x, reducible, share, alpha, times=1.0):
-    """Reducible loss [S, G] at x under a schedule, from that of the constant rate [S, G] at x of its own horizon.
+    """Reducible loss [S, G] at x under a schedule, from that of the constant rate [S, G] at x of its own horizon; α may be [S].
 
     Eq. 16 with Tr Σ = share [S] × reducible loss (eq. 17) at equal τ: R_const(τ)·(1 - α·(1 - η)·share). `times` is the run's
     horizon over that of the constant-rate curves; τ may not leave these. Before their first x the curve is held.
@@ -190,7 +193,7 @@ def under(name, x, reducible, share, alpha, times=1.0):
     if tau[-1] > x[-1] * (1 + 1e-9):
         raise LogError(f'a {name} run of {times:.3g} times the constant-rate curves\' horizon outlasts them; shorten --horizon')
     held = np.exp(np.stack([np.interp(np.log(tau), np.log(x), np.log(one)) for one in reducible]))
-    return held * (1 - alpha * (1 - rate) * share[:, None])
+    return held * (1 - (alpha * share)[:, None] * (1 - rate))
 
 
 def rmse_relative(aligned, alpha):

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import chdtrc
+from scipy.special import fdtrc
 
-from figures import command, forecast, hierarchy
+from figures import command, forecast, hierarchy, scaling_law
 from figures import table as logs
 from figures.table import LogError
 
-ALARM = 0.01  # two points in a row below this, and all later ones so far, alarm; 2 of the laptop ladder's 25 healthy runs do
+ALARM = 0.01  # surprise below which two points in a row alarm, where the ladder has too few runs to say (see `level`)
+FALSE = 0.05  # healthy runs that may be alarmed; also the largest level
 HABITS = ('schedule', 'decay_frac', 'peak_lr', 'B', 'N', 'L', 'match_mup_at_D')  # what a run shares with its ladder
 
 
@@ -34,6 +35,7 @@ class Expected(NamedTuple):
     covariance: np.ndarray  # [K, K] of the residual
     own: np.ndarray         # [K, K] its part that is a run's own noise
     compute: float          # FLOPs at x = 1 by the ladder's rule
+    freedom: int            # differences between runs that the noise is known from
 
 
 class Reading(NamedTuple):
@@ -41,7 +43,7 @@ class Reading(NamedTuple):
     x: np.ndarray
     residual: np.ndarray
     surprise: np.ndarray    # [k] probability that a healthy run's residual up to x is this far out
-    alarm: float            # x from which the surprise stayed below ALARM, NaN if it did not
+    alarm: float            # x from which the surprise stayed `below`, NaN if it did not
     looks_like: list        # (name, share of the surprise explained, amplitude), the best first
 
 
@@ -57,13 +59,16 @@ def expect(ladder, p, seed=0):
     reducible = median - np.median(draws.L0)
     away = (loss - median) / reducible
     low, high = np.quantile(away, [0.05, 0.95], axis=0)
-    variances = hierarchy.noise(ladder, np.median(draws.L0), x)
-    own = np.tensordot(hierarchy.ONE_SEED if variances is None else variances, hierarchy.along(x), 1)
-    return Expected(x, median, reducible, low, high, np.cov(away.T), own, compute)
+    own = hierarchy.noise_covariance(ladder, np.median(draws.L0), x)
+    freedom = max(len(ladder.p), sum(len(L) - 1 for L in ladder.losses))
+    return Expected(x, median, reducible, low, high, np.cov(away.T), own, compute, freedom)
 
 
-def read(expected, x, loss):
-    """Reading of a run's evaluations at x [n] (increasing, of its own horizon) with loss [n]."""
+def read(expected, x, loss, below=ALARM):
+    """Reading of a run's evaluations at x [n] (increasing, of its own horizon) with loss [n].
+
+    The noise is known from `freedom` differences between seeds only: the two tests are Fisher's F, not χ².
+    """
     at = expected.x[(expected.x >= x[0]) & (expected.x <= x[-1] * (1 + 1e-9))]
     k = np.searchsorted(expected.x, at)
     if not len(k):
@@ -73,10 +78,11 @@ def read(expected, x, loss):
     covariance = expected.covariance[np.ix_(k, k)]
     factor = np.linalg.cholesky(covariance)
     whitened, level = np.linalg.solve(factor, np.stack([residual, np.ones(len(k))], -1)).T
-    shape = chdtrc(np.arange(1, len(k) + 1), np.cumsum(whitened ** 2))
-    height = chdtrc(1, np.cumsum(whitened * level) ** 2 / np.cumsum(level ** 2))
+    count = np.arange(1, len(k) + 1)
+    shape = fdtrc(count, expected.freedom, np.cumsum(whitened ** 2) / count)
+    height = fdtrc(1, expected.freedom, np.cumsum(whitened * level) ** 2 / np.cumsum(level ** 2))
     surprise = np.minimum(1, 2 * np.minimum(shape, height))
-    out = np.logical_and.accumulate((surprise < ALARM)[::-1])[::-1]
+    out = np.logical_and.accumulate((surprise < below)[::-1])[::-1]
     alarm = float(at[np.argmax(out)]) if out.any() and out.sum() > 1 else np.nan
     return Reading(at, residual, surprise, alarm, likeness(expected, k, residual, covariance))
 
@@ -186,20 +192,22 @@ def follow(log, p, compute):
     return look
 
 
-def analyse(table, ladder_table, tokens=None):
-    """Everything about a run so far as a dict."""
+def analyse(table, ladder_table, tokens=None, alarm=None):
+    """Everything about a run so far as a dict; `alarm` is the level of an alarm if it is known already."""
     logs.require(table, ['num_params', 'compute', 'test_loss'], 'watching a run')
     p = float(table['num_params'].iloc[-1])
-    expected = expect(hierarchy.gather(ladder_table), p)
+    ladder = hierarchy.gather(ladder_table)
+    expected = expect(ladder, p)
+    alarm = level(ladder_table, ladder) if alarm is None else alarm
     compute = 6 * p * tokens if tokens else horizon(table)
     own = table[(table['compute'] > 0) & np.isfinite(table['test_loss'])]
     x, loss = (own['compute'] / compute).to_numpy(), own['test_loss'].to_numpy()
     if len(x) < 2 or x[-1] < expected.x[0]:
         return {'x': [], 'now': float(x[-1]) if len(x) else 0.0, 'alarm': None, 'expected': expected}
-    reading = read(expected, x, loss)
+    reading = read(expected, x, loss, alarm)
     k = np.searchsorted(expected.x, reading.x)
     return {'x': reading.x, 'residual': reading.residual, 'lo90': expected.lo90[k], 'hi90': expected.hi90[k],
-            'surprise': reading.surprise, 'alarm': reading.alarm, 'looks_like': reading.looks_like[:3],
+            'surprise': reading.surprise, 'level': alarm, 'alarm': reading.alarm, 'looks_like': reading.looks_like[:3],
             'differences': differences(table, ladder_table, compute, expected), 'now': float(min(x[-1], 1)),
             'loss': float(loss[-1]), **band(*end(expected, x, loss)), 'expected': expected}
 
@@ -209,16 +217,17 @@ def analyse(table, ladder_table, tokens=None):
 
 def readings(table, ladder):
     """The Reading of every finished run of a table against a ladder; a run that is in the ladder is taken out of it first."""
-    found, expected = [], {}
+    found, expected, ends = [], {}, scaling_law.horizon_of(table)
     for run, rows in table[table['compute'] > 0].groupby('run', sort=False):
         p = rows['num_params'].iloc[0]
         among = next((i for i in np.flatnonzero(ladder.p == p)), None)
-        last = rows['test_loss'].iloc[-1]
-        twin = among is not None and np.isclose(ladder.losses[among][:, -1], last, rtol=1e-12, atol=0)
+        end = min(ends[run], rows['compute'].iloc[-1])   # runs at a constant rate go on after C*
+        last = scaling_law.loss_at(rows, end)
+        twin = among is not None and np.isclose(ladder.losses[among][:, -1], last, rtol=1e-9, atol=0)
         key = run if np.any(twin) else p
         if key not in expected:
             expected[key] = expect(without(ladder, among, twin) if np.any(twin) else ladder, p)
-        found.append(read(expected[key], (rows['compute'] / rows['compute'].iloc[-1]).to_numpy(), rows['test_loss'].to_numpy()))
+        found.append(read(expected[key], (rows['compute'] / end).to_numpy(), rows['test_loss'].to_numpy()))
     return found
 
 
@@ -230,17 +239,35 @@ def without(ladder, model, runs):
     return ladder._replace(losses=[*ladder.losses[:model], rest, *ladder.losses[model + 1:]])
 
 
-def first_alarm(reading, by=1.0):
+def lowest(reading, by=1.0):
+    """The least surprise that two points in a row up to x = by held, 1 if there are no two."""
+    low = reading.surprise[reading.x <= by + 1e-9]
+    return float(np.maximum(low[1:], low[:-1]).min(initial=1.0))
+
+
+def first_alarm(reading, by=1.0, level=ALARM):
     """x at which whoever watched the run up to `by` was first alarmed (two points in a row), or NaN."""
-    low = (reading.surprise < ALARM) & (reading.x <= by + 1e-9)
+    low = (reading.surprise < level) & (reading.x <= by + 1e-9)
     twice = np.flatnonzero(low[1:] & low[:-1])
     return float(reading.x[twice[0] + 1]) if len(twice) else np.nan
+
+
+def level(table, ladder):
+    """The surprise below which to alarm: at most FALSE of healthy runs like the ladder's own fall there.
+
+    Each of the ladder's n runs is held against the others; for the k-th smallest of n lowest surprises, a further healthy run is
+    below it with probability k/(n + 1), whatever their distribution (conformal prediction; Vovk et al. 2005).
+    """
+    found = sorted(lowest(one) for one in readings(table, ladder))
+    k = int(FALSE * (len(found) + 1))
+    return min(FALSE, found[k - 1]) if k else ALARM
 
 
 def caught(ladder_log, faults):
     """The share of runs alarmed, healthy ones first; faults {name: (log, 'COLUMN=VALUE' or None)}, sizes as in the ladder."""
     healthy = logs.clean(logs.load(ladder_log))[0]
     ladder, rows = hierarchy.gather(healthy), []
+    alarm = level(healthy, ladder)
     for name, (log, condition) in {'healthy': (ladder_log, None), **faults}.items():
         table = logs.load(log)
         table = logs.clean(logs.where(table, condition) if condition else table)[0]
@@ -248,7 +275,7 @@ def caught(ladder_log, faults):
         if 'match_mup_at_D' in table:  # the width whose multipliers are kept is as in the ladder
             table = table[table['match_mup_at_D'] != table['D']]
         found = readings(table, ladder)
-        early, ever = (np.array([first_alarm(one, by) for one in found]) for by in (0.3, 1.0))
+        early, ever = (np.array([first_alarm(one, by, alarm) for one in found]) for by in (0.3, 1.0))
         likely = [one.looks_like[0][0] for one in found]
         rows.append({'runs': name, 'count': len(found), 'by 0.3': float(np.isfinite(early).mean()),
                      'by the end': float(np.isfinite(ever).mean()),
@@ -286,9 +313,10 @@ def main():
     for condition in args.where:
         ladder = logs.where(ladder, condition)
     ladder, notes, _ = logs.clean(logs.between_widths(ladder, args.min_width, args.max_width))
+    alarm = level(ladder, hierarchy.gather(ladder))
     while True:
         table = read_run(args.log)
-        result = analyse(table, ladder, args.horizon)
+        result = analyse(table, ladder, args.horizon, alarm)
         if args.out and len(result['x']):
             from figures import draw
             command.save(lambda result=result: draw.watch(result), args.out)

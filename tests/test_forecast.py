@@ -114,8 +114,8 @@ def test_targets_and_budgets(ladder):
     assert forecast.optimal_compute(small, ladder.p[-1]) == pytest.approx(ladder.compute[-1], rel=1e-6)  # t* = p exactly
     assert forecast.optimal_params(small, forecast.optimal_compute(small, 1e9)) == pytest.approx(1e9)
     rows = forecast.budgets(small)
-    final, half = ([row['mean'] for row in rows], [row['hi90'] - row['lo90'] for row in rows])
-    assert (np.diff(final) < 0).all() and half[-1] > 2 * half[0]
+    final, band = (np.array(one) for one in ([row['mean'] for row in rows], [row['hi90'] - row['lo90'] for row in rows]))
+    assert (np.diff(final) < 0).all() and (band / (final - 0.1))[-1] > 2 * (band / (final - 0.1))[0]
     table = logs.tidy(power_law_table(np.random.default_rng(0), seeds=1).assign(num_params=lambda t: 10 * t['D'] ** 2 + 8 * t['D']))
     assert forecast.params_of(table, 'D=4096') == pytest.approx(10 * 4096 ** 2 + 8 * 4096)
     assert forecast.params_of(table, 'p=1e9') == 1e9
