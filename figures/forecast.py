@@ -81,11 +81,11 @@ def forecast(ladder, target, seed=0):
     return posterior(ladder, [target.compute], early, target.seeds, seed)
 
 
-def posterior(ladder, compute, losses=None, seeds=1, seed=0):
-    """Draws for targets at compute [T] FLOPs; see hierarchy.field."""
+def posterior(ladder, compute, losses=None, seeds=1, seed=0, scales=None):
+    """Draws for targets at compute [T] FLOPs, see hierarchy.field; `scales` [S, 6] if they have been sampled already."""
     rng = np.random.default_rng(seed)
     field = hierarchy.field(ladder, np.asarray(compute, float), losses, seeds)
-    return hierarchy.draw(field, rng, hierarchy.sample(field, rng), each=4)
+    return hierarchy.draw(field, rng, hierarchy.sample(field, rng) if scales is None else scales, each=4)
 
 
 def bands(loss):

@@ -47,12 +47,12 @@ class Reading(NamedTuple):
     looks_like: list        # (name, share of the surprise explained, amplitude), the best first
 
 
-def expect(ladder, p, seed=0):
+def expect(ladder, p, seed=0, scales=None):
     """Expected of a run with p parameters; sound runs of its own size are the best there is, but the ladder need not have any."""
     if len(ladder.p) < 3:
         raise LogError(f'{len(ladder.p)} models in the ladder; watching a run needs at least three')
     compute = float(forecast.optimal_compute(ladder, p))
-    draws = forecast.posterior(ladder, [compute], seed=seed)
+    draws = forecast.posterior(ladder, [compute], seed=seed, scales=scales)
     x = ladder.x
     loss = np.stack([np.interp(np.log(x), np.log(ladder.fine), one) for one in draws.loss[:, 0]])
     median = np.median(loss, 0)
@@ -216,8 +216,12 @@ def analyse(table, ladder_table, tokens=None, alarm=None):
 
 
 def readings(table, ladder):
-    """The Reading of every finished run of a table against a ladder; a run that is in the ladder is taken out of it first."""
+    """The Reading of every finished run of a table against a ladder; a run that is in the ladder is taken out of it first.
+
+    The scales are sampled once, from the whole ladder: one run more or less hardly moves them, and it is most of the time.
+    """
     found, expected, ends = [], {}, scaling_law.horizon_of(table)
+    scales = hierarchy.sample(hierarchy.field(ladder, ladder.compute[-1:]), np.random.default_rng(0))[::2]
     for run, rows in table[table['compute'] > 0].groupby('run', sort=False):
         p = rows['num_params'].iloc[0]
         among = next((i for i in np.flatnonzero(ladder.p == p)), None)
@@ -226,7 +230,7 @@ def readings(table, ladder):
         twin = among is not None and np.isclose(ladder.losses[among][:, -1], last, rtol=1e-9, atol=0)
         key = run if np.any(twin) else p
         if key not in expected:
-            expected[key] = expect(without(ladder, among, twin) if np.any(twin) else ladder, p)
+            expected[key] = expect(without(ladder, among, twin) if np.any(twin) else ladder, p, scales=scales)
         found.append(read(expected[key], (rows['compute'] / end).to_numpy(), rows['test_loss'].to_numpy()))
     return found
 
