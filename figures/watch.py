@@ -83,7 +83,7 @@ def read(expected, x, loss, below=ALARM):
     height = fdtrc(1, expected.freedom, np.cumsum(whitened * level) ** 2 / np.cumsum(level ** 2))
     surprise = np.minimum(1, 2 * np.minimum(shape, height))
     out = np.logical_and.accumulate((surprise < below)[::-1])[::-1]
-    alarm = float(at[np.argmax(out)]) if out.any() and out.sum() > 1 else np.nan
+    alarm = float(at[np.argmax(out)]) if out.sum() > 1 else np.nan
     return Reading(at, residual, surprise, alarm, likeness(expected, k, residual, covariance))
 
 
@@ -224,7 +224,7 @@ def readings(table, ladder):
     scales = hierarchy.sample(hierarchy.field(ladder, ladder.compute[-1:]), np.random.default_rng(0))[::2]
     for run, rows in table[table['compute'] > 0].groupby('run', sort=False):
         p = rows['num_params'].iloc[0]
-        among = next((i for i in np.flatnonzero(ladder.p == p)), None)
+        among = next(iter(np.flatnonzero(ladder.p == p)), None)
         end = min(ends[run], rows['compute'].iloc[-1])   # runs at a constant rate go on after C*
         last = scaling_law.loss_at(rows, end)
         twin = among is not None and np.isclose(ladder.losses[among][:, -1], last, rtol=1e-9, atol=0)
@@ -260,11 +260,10 @@ def level(table, ladder):
     """The surprise below which to alarm: at most FALSE of healthy runs like the ladder's own fall there.
 
     Each of the ladder's n runs is held against the others; for the k-th smallest of n lowest surprises, a further healthy run is
-    below it with probability k/(n + 1), whatever their distribution (conformal prediction; Vovk et al. 2005).
+    below it with probability k/(n + 1), whatever their distribution (conformal prediction; Vovk et al. 2005). ALARM if n < 19.
     """
-    found = sorted(lowest(one) for one in readings(table, ladder))
-    k = int(FALSE * (len(found) + 1))
-    return min(FALSE, found[k - 1]) if k else ALARM
+    k = int(FALSE * (table['run'].nunique() + 1))
+    return min(FALSE, sorted(lowest(one) for one in readings(table, ladder))[k - 1]) if k else ALARM
 
 
 def caught(ladder_log, faults):

@@ -103,6 +103,20 @@ def test_drift_of_the_curves_is_foreseen():
     assert np.mean(off, 0)[0] < 0.5 * np.mean(off, 0)[1], off
 
 
+def test_bands_under_another_schedule_hold_the_spread_of_alpha(monkeypatch):
+    """Draws that all agree, Tr Σ 0.4 of the reducible loss, α = 0.3 ± 0.05 from run to run: at the end, where the rate is taken off,
+    they differ by 0.05·0.4 of it, 2% of chance; by nothing if there is one run to know α from."""
+    x, S = np.arange(1, 101) / 100, 2000
+    draws = hierarchy.Draws(np.ones(S), np.tile(1 + x ** -0.5, (S, 1, 1)), np.zeros((S, 6)))
+    monkeypatch.setattr(forecast.schedules, 'noise_share', lambda table, p, L0: np.full(S, 0.4))
+    for spread in (0.05, np.nan):
+        monkeypatch.setattr(forecast.schedules, 'alpha_of_reference', lambda pairs, spread=spread: (0.3, spread))
+        found = forecast.reschedule(None, forecast.Target(1.0, 1.0, 1, None, None), draws, x, 'linear', None).loss[:, 0, -1] - 1
+        held = 0.5 ** -0.5                                        # of the constant rate at τ = ½, where a linear rate ends
+        assert found.mean() == pytest.approx(held * (1 - 0.3 * 0.4), rel=2e-3)
+        assert found.std() == pytest.approx(held * np.nan_to_num(spread) * 0.4, rel=0.08, abs=1e-12)
+
+
 def test_errors_are_relative_to_what_can_be_learned():
     x, truth = np.array([0.05, 0.1, 0.5, 1.0]), np.array([9.0, 3.0, 2.0, 1.5])
     found = forecast.error(x, truth + np.array([5, 0.2, 0.1, -0.1]), truth, L0=1.0)

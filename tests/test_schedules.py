@@ -60,6 +60,15 @@ def test_coverage_of_the_90_percent_interval():
     assert 0.80 <= np.mean(hits) <= 0.97, np.mean(hits)
 
 
+def test_spread_of_alpha_from_run_to_run():
+    """Six runs with α = 0.25 and six with 0.35: their mean, however weighted, is between, and the deviation 0.05·√(12/11)."""
+    table = pd.concat([planted(np.random.default_rng(0), alpha, 0, sizes=(p,), evals=1000) for alpha, p in ((0.25, 1e6), (0.35, 1e7))])
+    alpha, spread = schedules.alpha_of_reference(table)
+    assert 0.25 < alpha < 0.35 and spread == pytest.approx(0.05 * np.sqrt(12 / 11), rel=0.02)
+    one = table['run'].isin(['1e+06-linear-1.0', '1e+06-const-1.0'])
+    assert np.isnan(schedules.alpha_of_reference(table[one])[1])
+
+
 def test_prediction_is_tested_on_schedules_left_out():
     rows = schedules.leave_one_out(schedules.align(planted(np.random.default_rng(1)))[0])
     assert {(row['schedule'], row['decay_frac']) for row in rows} == {(s, d) for s in SHAPES if s != 'const' for d in (1, 0.2)}

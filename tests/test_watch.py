@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -67,9 +68,52 @@ def test_the_residual_is_the_distance_to_the_ladder(planted):
     np.testing.assert_allclose(watch.read(expected, expected.x, expected.loss).surprise, 1)
 
 
+def test_surprises_are_as_rare_as_they_say():
+    """Healthy residuals whose noise is known from six differences: a surprise of 1% in 0.3 to 1.5% of 2,000 (two tests at half the
+    level, correlated; the standard error is 0.2%). With χ² tests it would be a tenth of them."""
+    rng, x = np.random.default_rng(0), hierarchy.KNOTS
+    ones, covariance = np.ones(len(x)), 1e-6 * (np.eye(len(x)) + 3 * hierarchy.along(x)[1])
+    factor, surprise = np.linalg.cholesky(covariance), []
+    for _ in range(2000):
+        estimate = covariance * rng.chisquare(6) / 6
+        expected = watch.Expected(x, ones, ones, ones, ones, estimate, estimate, 1.0, freedom=6)
+        surprise.append(watch.read(expected, x, 1 + factor @ rng.normal(size=len(x))).surprise[[2, -1]])
+    for rare in (np.array(surprise) < 0.01).mean(0):
+        assert 0.003 <= rare <= 0.015, rare
+
+
+def test_the_level_keeps_its_promise(monkeypatch):
+    """39 runs whose lowest surprise is u³, far from what a sound test has: one further run in twenty is alarmed (2,000 times, so to
+    0.015). Tests that are too shy do not raise the level above that, and ten runs cannot say."""
+    rng, two = np.random.default_rng(0), np.array([0.5, 1.0])
+
+    def readings(power):
+        return lambda table, ladder: [watch.Reading(two, two, np.full(2, rng.random() ** power), np.nan, []) for _ in table['run']]
+
+    table = pd.DataFrame({'run': np.arange(39)})
+    monkeypatch.setattr(watch, 'readings', readings(3))
+    alarmed = [rng.random() ** 3 < watch.level(table, None) for _ in range(2000)]
+    assert np.mean(alarmed) == pytest.approx(watch.FALSE, abs=0.015)
+    assert watch.level(table[:10], None) == watch.ALARM
+    monkeypatch.setattr(watch, 'readings', readings(0.2))
+    assert watch.level(table, None) == watch.FALSE
+
+
+def test_a_run_of_the_ladder_does_not_vouch_for_itself():
+    """Of a ladder's 12 runs, one 20% (of its reducible loss) above the others of its size is alarmed, the others are not. A ladder
+    of three single runs has none to spare, and is left to the level that needs none."""
+    table = power_law_table(np.random.default_rng(0), models=4, seeds=3, offset=1e-3, jitter=3e-4, evals=40)
+    bad = table['run'] == 'D128-s0'
+    table.loc[bad, 'test_loss'] += 0.2 * (table.loc[bad, 'test_loss'] - 0.1)
+    found = [watch.first_alarm(one) for one in watch.readings(table, hierarchy.gather(table))]
+    assert [run for run, x in zip(table['run'].unique(), found, strict=True) if np.isfinite(x)] == ['D128-s0']
+    three = power_law_table(np.random.default_rng(0), models=3, seeds=1, evals=40)
+    assert watch.level(three, hierarchy.gather(three)) == watch.ALARM
+
+
 def test_a_folder_that_grows(tmp_path):
     """Half of a run, its last line cut short, then a diverging rest: on track, then an alarm; with --every until its end."""
-    table = power_law_table(np.random.default_rng(0), offset=3e-4, jitter=1e-4, evals=60)
+    table = power_law_table(np.random.default_rng(0), offset=3e-4, jitter=1e-4, evals=60, seeds=3)  # too few to set the level
     logs.write_parquet(table, tmp_path / 'ladder.parquet', source='planted')
     run = table[table['run'] == 'D1024-s0']
     folder = tmp_path / 'run'
