@@ -104,8 +104,8 @@ def test_drift_of_the_curves_is_foreseen():
 
 
 def test_bands_under_another_schedule_hold_the_spread_of_alpha(monkeypatch):
-    """Draws that all agree, Tr Σ 0.4 of the reducible loss, α = 0.3 ± 0.05 from run to run: at the end, where the rate is taken off,
-    they differ by 0.05·0.4 of it, 2% of chance; by nothing if there is one run to know α from."""
+    """Draws that all agree, Tr Σ 0.4 of the reducible loss, α = 0.3 ± 0.05 from run to run: at the end, where the rate is off, they
+    differ by 0.05·0.4 of it (to 2% by chance), and by nothing if there is one run only to know α from."""
     x, S = np.arange(1, 101) / 100, 2000
     draws = hierarchy.Draws(np.ones(S), np.tile(1 + x ** -0.5, (S, 1, 1)), np.zeros((S, 6)))
     monkeypatch.setattr(forecast.schedules, 'noise_share', lambda table, p, L0: np.full(S, 0.4))

@@ -11,7 +11,7 @@ X = np.array([0.05, 0.1, 0.2, 0.4, 0.7, 1.0])
 
 
 def ladder_of(rng, covariance, models=4, seeds=3, plateau=np.inf, shared=0.0):
-    """L = 1 + 2·p^-0.3·x^-0.3 at the knots X, noise of that covariance [K, K]; seeds share `shared` times as much as they have alone."""
+    """L = 1 + 2·p^-0.3·x^-0.3 at the knots X, noise of that covariance [K, K]; seeds share `shared` times what each has alone."""
     p, factor = 4.0 ** np.arange(models), np.linalg.cholesky(covariance)
     losses = [1 + 2 * size ** -0.3 * X ** -0.3 * np.exp(
         (rng.normal(size=(seeds, len(X))) + shared * rng.normal(size=len(X))) @ factor.T) for size in p]
@@ -72,14 +72,22 @@ def test_noise_that_seeds_share_is_told_from_their_own(shared):
     assert favour > 10 if shared else favour < -10, favour
 
 
-def test_one_evaluation_scatters_as_the_noise_does():
-    """White noise of 1% at x = 1 and of 4.5% at 0.05. The whole curve is seen: the draws have no more than one evaluation's left."""
+def test_one_run_scatters_and_counts_by_its_noise():
+    """White noise n = 1% at x = 1 and 4.5% at 0.05, forecast of one run to ± s: it is drawn to ± √(s² + n²), and once it is seen at
+    a knot it is known there to 1/√(1/s² + 1/n²). 2,000 draws: 1.6% of chance; n is that of 500 runs: 2%."""
     ladder = ladder_of(np.random.default_rng(0), covariance_of(white=1e-4, tilt=-0.5), models=5, seeds=100)
     small, target = forecast.split(ladder, ladder.p[-1])
-    field = hierarchy.field(small, [target.compute], ladder.losses[-1].mean(0)[None], 100)
-    draws = hierarchy.draw(field, np.random.default_rng(0), np.repeat(scales_of(field, shared=0.01), 500, 0))
-    scatter = np.std(np.log(draws.loss[:, 0] - 1), 0)
-    np.testing.assert_allclose(scatter, 0.1 * 0.01 * X ** -0.5, rtol=0.3)  # the mean of 100; 3% by chance, the rest the field's
+    n, unseen = 0.01 * X ** -0.5, np.full((1, len(X)), np.nan)
+    field = hierarchy.field(small, [target.compute], unseen)
+    scales = scales_of(field, shared=0.01)
+    s = np.sqrt(np.diagonal(hierarchy.conditional(field, scales)[3][0]))
+    drawn = hierarchy.draw(field, np.random.default_rng(0), scales, each=2000).loss[:, 0] - 1
+    np.testing.assert_allclose(np.log(drawn).std(0), np.hypot(s, n), rtol=0.08)
+    for k in (0, len(X) - 1):
+        seen = np.where(np.arange(len(X)) == k, target.truth, unseen)
+        field = hierarchy.field(small, [target.compute], seen)
+        known = hierarchy.conditional(field, scales_of(field, shared=0.01))[3][0, k, k]
+        np.testing.assert_allclose(known, 1 / (1 / s[k] ** 2 + 1 / n[k] ** 2), rtol=0.05)
 
 
 def test_the_sampler_finds_a_posterior_that_is_known(monkeypatch):

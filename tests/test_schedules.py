@@ -62,7 +62,8 @@ def test_coverage_of_the_90_percent_interval():
 
 def test_spread_of_alpha_from_run_to_run():
     """Six runs with α = 0.25 and six with 0.35: their mean, however weighted, is between, and the deviation 0.05·√(12/11)."""
-    table = pd.concat([planted(np.random.default_rng(0), alpha, 0, sizes=(p,), evals=1000) for alpha, p in ((0.25, 1e6), (0.35, 1e7))])
+    table = pd.concat([planted(np.random.default_rng(0), alpha, noise=0, sizes=(p,), evals=1000)
+                       for alpha, p in ((0.25, 1e6), (0.35, 1e7))])
     alpha, spread = schedules.alpha_of_reference(table)
     assert 0.25 < alpha < 0.35 and spread == pytest.approx(0.05 * np.sqrt(12 / 11), rel=0.02)
     one = table['run'].isin(['1e+06-linear-1.0', '1e+06-const-1.0'])
