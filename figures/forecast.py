@@ -85,7 +85,7 @@ def posterior(ladder, compute, losses=None, seeds=1, seed=0, scales=None):
     """Draws for targets at compute [T] FLOPs, see hierarchy.field; `scales` [S, 6] if they have been sampled already."""
     rng = np.random.default_rng(seed)
     field = hierarchy.field(ladder, np.asarray(compute, float), losses, seeds)
-    return hierarchy.draw(field, rng, hierarchy.sample(field, rng) if scales is None else scales, each=4)
+    return hierarchy.draw(field, rng, hierarchy.sample(field, rng) if scales is None else scales)
 
 
 def bands(loss):
@@ -151,13 +151,11 @@ def budgets(ladder, times=BUDGETS):
             for i, (k, C, p) in enumerate(zip(times, compute, optimal_params(ladder, compute), strict=True))]
 
 
-def reschedule(table, target, draws, fine, name, pairs, times=1.0):
+def reschedule(table, target, draws, fine, name, alpha, spread, times=1.0):
     """Draws of a target at a constant rate as they are under the schedule `name`; see schedules.under.
 
-    α is fitted to the runs of `pairs`, a table of small models under constant and decaying rates (schedules.alpha_of_reference),
-    and drawn with its spread from run to run: the schedule law's own error.
+    α is drawn with its spread from run to run (see schedules.alpha_of_reference), the schedule law's own error; NaN counts as none.
     """
-    alpha, spread = schedules.alpha_of_reference(pairs)
     alpha = alpha + np.nan_to_num(spread) * np.random.default_rng(0).normal(size=len(draws.L0))
     share = schedules.noise_share(table, target.p, draws.L0)
     reducible = schedules.under(name, fine, draws.loss[:, 0] - draws.L0[:, None], share, alpha, times)
@@ -178,10 +176,12 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
     draws, curves, notes = forecast(small, target), baselines(small, target.compute), []
     if schedule:
         times = 6 * p * tokens / target.compute if tokens else 1.0
-        draws = reschedule(table[table['num_params'].isin(small.p)], target, draws, small.fine, schedule, pairs, times)
+        alpha, spread = schedules.alpha_of_reference(pairs)
+        draws = reschedule(table[table['num_params'].isin(small.p)], target, draws, small.fine, schedule, alpha, spread, times)
         target, curves = target._replace(truth=None, compute=target.compute * times), {}
-        notes.append(f'under the {schedule} schedule, from the constant-rate curves: the bands hold the spread of α over the '
-                     'runs of --pairs, and the budgets are for the constant rate')
+        held = 'hold the spread of α over the runs' if np.isfinite(spread) else 'lack the spread of α, there being one run'
+        notes.append(f'under the {schedule} schedule, from the constant-rate curves: the bands {held} of --pairs, and the budgets '
+                     'are for the constant rate')
     band = bands(draws.loss[:, 0])
     rule = optimal_compute(small, p)
     if not schedule and abs(target.compute / rule - 1) > 0.05:

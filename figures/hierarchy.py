@@ -51,7 +51,6 @@ class Draws(NamedTuple):
     """Posterior draws of the curves of models that are not (wholly) seen."""
     L0: np.ndarray       # [S]
     loss: np.ndarray     # [S, T, G] at Ladder.fine
-    scales: np.ndarray   # [S, 6]
 
 
 def gather(table, more=()):
@@ -134,6 +133,7 @@ class Field(NamedTuple):
     """The Gaussian field over the ladder's models and, after them, the targets; N = (M + T)·K entries, knots fastest."""
     ladder: Ladder
     loss: np.ndarray     # [M + T, K] means over a model's seeds; NaN: not seen
+    top: float           # the least loss of all: L0 lies below it
     u: np.ndarray        # [M + T] log C*, about the ladder's mean
     seeds: np.ndarray    # [M + T]
     share: np.ndarray    # [G] floors L0/top at which the noise was fitted
@@ -142,10 +142,6 @@ class Field(NamedTuple):
     parts: np.ndarray    # [9, N, N] covariances that the scales weigh: w, lasting d, early d; own noise × 3; shared noise × 3
     seen: np.ndarray     # [n] entries that are
     among: np.ndarray    # [10, n·n] fixed and parts between them
-
-    @property
-    def top(self):       # L0 lies below every loss
-        return min(np.nanmin(self.loss), min(L.min() for L in self.ladder.losses))
 
 
 def field(ladder, compute, losses=None, seeds=1):
@@ -172,7 +168,7 @@ def field(ladder, compute, losses=None, seeds=1):
                       *(np.kron(np.isclose(u[:, None], u), one) for one in correlations)])  # one size, the same batches
     seen = np.flatnonzero(np.isfinite(loss))
     among = np.concatenate([fixed[None], parts])[:, seen][:, :, seen].reshape(10, -1)
-    return Field(ladder, loss, u, seeds, share, variances, fixed, parts, seen, among)
+    return Field(ladder, loss, top, u, seeds, share, variances, fixed, parts, seen, among)
 
 
 def _read(field, scales):
@@ -245,11 +241,11 @@ def sample(field, rng, size=500, each=400, rounds=30):
         density = logsumexp([-(TAILS + n) / 2 * np.log1p((np.linalg.solve(F, (z - m).T) ** 2).sum(0) / TAILS)
                              - np.log(np.diagonal(F)).sum() for m, F in proposals], axis=0)
         log_weight = target - (z ** 2).sum(1) / 2 - density
-        weight = _even(log_weight, 1.0)
+        weight = _weights(log_weight, 1.0)
         if _worth(weight) >= ENOUGH:
             break
         power = 1.0
-        while _worth(tempered := _even(log_weight, power)) < 10 * n:  # else a few lucky draws would make the next round too narrow
+        while _worth(tempered := _weights(log_weight, power)) < 10 * n:  # else a few lucky draws make the next round too narrow
             power *= 0.8
         mean = tempered @ z
         proposals.append((mean, np.linalg.cholesky((tempered * (z - mean).T) @ (z - mean) + 1e-6 * np.eye(n))))
@@ -259,7 +255,8 @@ def sample(field, rng, size=500, each=400, rounds=30):
     return low + (high - low) * ndtr(z[np.searchsorted(cumulative / cumulative[-1], (np.arange(size) + rng.random()) / size)])
 
 
-def _even(log_weight, power):
+def _weights(log_weight, power):
+    """Weights that sum to one; a power below 1 evens them out."""
     weight = np.exp(power * (log_weight - log_weight.max()))
     return weight / weight.sum()
 
@@ -273,7 +270,7 @@ def conditional(field, scales):
     """z = link(L) of the targets at the knots, given what is seen and scales [H, 6].
 
     Returns L0 [H], kappa [H], mean [H, T·K], covariance [H, T·K, T·K], both without the white noise of an evaluation; that
-    noise's variance [H, T] and the tilt [H].
+    noise's variance at x = 1 [H, T], relative to the reducible loss, and the tilt [H].
     """
     L0, kappa, weights, tilt = _read(field, scales)
     value, centre, _, slope = _values(field, L0, kappa, tilt)
@@ -284,18 +281,18 @@ def conditional(field, scales):
     gain = np.linalg.solve(_among_seen(field, weights, slope), np.swapaxes(across, 1, 2))        # [H, n, T·K]
     prior = (centre[:, None] - EXPONENT[0] * field.u[first:, None]).reshape(len(L0), -1)
     mean = prior + np.einsum('hnk,hn->hk', gain, value)
-    own = 0 if not np.ptp(field.parts[3]) else 1 / field.seeds[first:]
+    own = 1 / field.seeds[first:] if field.parts[3].any() else 0      # without a second seed anywhere all noise is shared
     white = weights[:, 5:6] * own + weights[:, 8:9]
     return L0, kappa, mean, _covariance(field, smooth, slope, targets, targets) - across @ gain, white, tilt
 
 
-def draw(field, rng, scales, each=2):
+def draw(field, rng, scales, each=4):
     """`each` posterior curves of every target for each of scales [H, 6], as Draws."""
     L0, kappa, mean, covariance, white, tilt = (np.repeat(part, each, 0) for part in conditional(field, scales))
-    ladder, K = field.ladder, len(field.ladder.x)
+    ladder = field.ladder
     factor = np.linalg.cholesky(covariance + 1e-10 * np.eye(covariance.shape[-1]))
     z = mean + np.einsum('hij,hj->hi', factor, rng.normal(size=mean.shape))
-    z = z.reshape(len(L0), -1, K)
+    z = z.reshape(len(L0), -1, len(ladder.x))
     # Between the knots the ladder's own mean curve leads; what departs from it is interpolated.
     lead = link(np.broadcast_to(ladder.mean, (len(L0), *ladder.mean.shape)), L0, ladder.plateau, kappa)[0].mean(1)   # [H, G]
     s, fine = np.log(ladder.x), np.log(ladder.fine)
@@ -305,4 +302,4 @@ def draw(field, rng, scales, each=2):
     away = away[..., right - 1] * (1 - part) + away[..., right] * part
     jitter = np.sqrt(white)[..., None] * ladder.fine ** tilt[:, None, None] * rng.normal(size=away.shape)
     loss = unlink(lead[:, None] + away, L0, ladder.plateau, kappa) * np.exp(jitter)
-    return Draws(L0, L0[:, None, None] + loss, np.repeat(scales, each, 0))
+    return Draws(L0, L0[:, None, None] + loss)

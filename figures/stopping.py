@@ -17,7 +17,7 @@ from figures import command, hierarchy, scaling_law, watch
 from figures import table as logs
 from figures.schedules import THEORY, settled_noise
 
-RUNGS = (0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85)  # where forecasts are asked: the knots of hierarchy.py
+RUNGS = hierarchy.KNOTS[1:-1]  # x where forecasts are asked: 0.04 to 0.85
 WORKERS = 4  # that ASHA keeps busy
 ORDERS = 10  # random orders of the runs that Hyperband and ASHA, which depend on it, are averaged over
 RISK = 0.05  # a run is stopped when it beats the leader with less probability

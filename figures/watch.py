@@ -218,7 +218,8 @@ def analyse(table, ladder_table, tokens=None, alarm=None):
 def readings(table, ladder):
     """The Reading of every finished run of a table against a ladder; a run that is in the ladder is taken out of it first.
 
-    The scales are sampled once, from the whole ladder: one run more or less hardly moves them, and it is most of the time.
+    The scales are sampled once, from the whole ladder: one run more or less hardly moves them, and it is most of the time (half of
+    the sample will do). A run without which fewer than three models are left has no Reading.
     """
     found, expected, ends = [], {}, scaling_law.horizon_of(table)
     scales = hierarchy.sample(hierarchy.field(ladder, ladder.compute[-1:]), np.random.default_rng(0))[::2]
@@ -228,15 +229,20 @@ def readings(table, ladder):
         end = min(ends[run], rows['compute'].iloc[-1])   # runs at a constant rate go on after C*
         last = scaling_law.loss_at(rows, end)
         twin = among is not None and np.isclose(ladder.losses[among][:, -1], last, rtol=1e-9, atol=0)
-        key = run if np.any(twin) else p
+        key, rest = (run, without(ladder, among, twin)) if np.any(twin) else (p, ladder)
+        if len(rest.p) < 3:
+            continue
         if key not in expected:
-            expected[key] = expect(without(ladder, among, twin) if np.any(twin) else ladder, p, scales=scales)
+            expected[key] = expect(rest, p, scales=scales)
         found.append(read(expected[key], (rows['compute'] / end).to_numpy(), rows['test_loss'].to_numpy()))
     return found
 
 
 def without(ladder, model, runs):
-    """The ladder without these runs [seeds] of one of its models, or without the model if none is left."""
+    """The ladder without these runs [seeds] of one of its models, or without the model if none is left.
+
+    Ladder.mean, which only leads between the knots, keeps them.
+    """
     rest = ladder.losses[model][~runs]
     if not len(rest):
         return hierarchy.choose(ladder, np.arange(len(ladder.p)) != model)
@@ -262,8 +268,10 @@ def level(table, ladder):
     Each of the ladder's n runs is held against the others; for the k-th smallest of n lowest surprises, a further healthy run is
     below it with probability k/(n + 1), whatever their distribution (conformal prediction; Vovk et al. 2005). ALARM if n < 19.
     """
-    k = int(FALSE * (table['run'].nunique() + 1))
-    return min(FALSE, sorted(lowest(one) for one in readings(table, ladder))[k - 1]) if k else ALARM
+    enough = FALSE * (table['run'].nunique() + 1) >= 1
+    found = sorted(lowest(one) for one in readings(table, ladder)) if enough else []
+    k = int(FALSE * (len(found) + 1))
+    return min(FALSE, found[k - 1]) if k else ALARM
 
 
 def caught(ladder_log, faults):

@@ -107,11 +107,11 @@ def test_bands_under_another_schedule_hold_the_spread_of_alpha(monkeypatch):
     """Draws that all agree, Tr Σ 0.4 of the reducible loss, α = 0.3 ± 0.05 from run to run: at the end, where the rate is off, they
     differ by 0.05·0.4 of it (to 2% by chance), and by nothing if there is one run only to know α from."""
     x, S = np.arange(1, 101) / 100, 2000
-    draws = hierarchy.Draws(np.ones(S), np.tile(1 + x ** -0.5, (S, 1, 1)), np.zeros((S, 6)))
+    draws = hierarchy.Draws(np.ones(S), np.tile(1 + x ** -0.5, (S, 1, 1)))
     monkeypatch.setattr(forecast.schedules, 'noise_share', lambda table, p, L0: np.full(S, 0.4))
+    target = forecast.Target(1.0, 1.0, 1, None, None)
     for spread in (0.05, np.nan):
-        monkeypatch.setattr(forecast.schedules, 'alpha_of_reference', lambda pairs, spread=spread: (0.3, spread))
-        found = forecast.reschedule(None, forecast.Target(1.0, 1.0, 1, None, None), draws, x, 'linear', None).loss[:, 0, -1] - 1
+        found = forecast.reschedule(None, target, draws, x, 'linear', 0.3, spread).loss[:, 0, -1] - 1
         held = 0.5 ** -0.5                                        # of the constant rate at τ = ½, where a linear rate ends
         assert found.mean() == pytest.approx(held * (1 - 0.3 * 0.4), rel=2e-3)
         assert found.std() == pytest.approx(held * np.nan_to_num(spread) * 0.4, rel=0.08, abs=1e-12)
