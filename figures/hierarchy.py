@@ -33,6 +33,7 @@ SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
 ONE_SEED = np.array([4e-5, 4e-5, 2e-5, 0])  # shape of the noise where no model has two seeds; its size is then sampled
 NEAR = 0.95            # a loss nearer to the plateau than this share is taken to be there
 FLAT = 1.0             # prior variance of g about the ladder's mean: nothing is known
+SAME = 0.01            # nats of compute within which models are of one size: horizons are rounded to whole steps
 ENOUGH, TAILS = 400, 5  # even weights that a sample is worth; degrees of freedom of its proposals
 
 
@@ -95,13 +96,12 @@ def noise(ladder, L0, x):
     """Noise of a run about its model, relative to the reducible loss: (whole run, remembered, white, tilt).
 
     Its standard deviation at x is x^tilt times that of the three parts, whose variances are found by least squares. None if no
-    model has two seeds.
+    model has two seeds that differ.
     """
-    freedom = sum(len(L) - 1 for L in ladder.losses)
-    if not freedom:
-        return None
     away = np.concatenate([(L - L.mean(0)) / (L.mean(0) - L0) for L in ladder.losses])
-    variance = (away ** 2).sum(0)
+    variance, freedom = (away ** 2).sum(0), sum(len(L) - 1 for L in ladder.losses)
+    if not variance.any():
+        return None
     tilt = np.polyfit(np.log(x), np.log(variance + 1e-9 * variance.max()), 1)[0] / 2
     covariance = (away / x ** tilt).T @ (away / x ** tilt) / freedom
     found, _ = nnls(along(x).reshape(3, -1).T, covariance.ravel())
@@ -165,7 +165,7 @@ def field(ladder, compute, losses=None, seeds=1):
     fixed = np.kron(np.ones_like(w), FLAT * white) + EXPONENT[1] ** 2 * np.kron(np.outer(u, u), whole)
     parts = np.stack([np.kron(w, whole), np.kron(lasting, smooth), np.kron(fading, early),
                       *(np.kron(np.diag(own), one) for one in correlations),
-                      *(np.kron(np.isclose(u[:, None], u), one) for one in correlations)])  # one size, the same batches
+                      *(np.kron(np.isclose(u[:, None], u, rtol=0, atol=SAME), one) for one in correlations)])  # the same batches
     seen = np.flatnonzero(np.isfinite(loss))
     among = np.concatenate([fixed[None], parts])[:, seen][:, :, seen].reshape(10, -1)
     return Field(ladder, loss, top, u, seeds, share, variances, fixed, parts, seen, among)

@@ -58,7 +58,9 @@ def test_noise_is_found_where_it_was_planted():
     ladder = ladder_of(np.random.default_rng(0), planted, models=3, seeds=200)
     np.testing.assert_allclose(hierarchy.noise_covariance(ladder, 1.0, X), planted, rtol=0.2)
     assert hierarchy.noise(ladder, 1.0, X)[3] == pytest.approx(-0.4, abs=0.05)
-    assert hierarchy.noise(ladder_of(np.random.default_rng(0), planted, seeds=1), 1.0, X) is None
+    single = ladder_of(np.random.default_rng(0), planted, seeds=1)
+    copied = single._replace(losses=[np.repeat(L, 2, 0) for L in single.losses])
+    assert hierarchy.noise(single, 1.0, X) is None and hierarchy.noise(copied, 1.0, X) is None
 
 
 @pytest.mark.parametrize('shared', [0.0, 2.0])
@@ -70,6 +72,15 @@ def test_noise_that_seeds_share_is_told_from_their_own(shared):
         field = hierarchy.field(ladder, ladder.compute[-1:] * 4)
         favour += (hierarchy.evidence(field, scales_of(field, shared=2.0)) - hierarchy.evidence(field, scales_of(field))).item()
     assert favour > 10 if shared else favour < -10, favour
+
+
+def test_a_further_run_of_a_size_shares_its_noise():
+    """Where seeds share nearly all their noise, a further run of the largest model is known almost as its mean is, and still is if
+    its horizon was rounded by three in ten thousand; a model twice as large in compute is not."""
+    ladder = ladder_of(np.random.default_rng(0), covariance_of(remembered=1e-4), shared=3.0)
+    fields = (hierarchy.field(ladder, ladder.compute[-1:] * times) for times in (1, 1.0003, 2))
+    exact, rounded, larger = (hierarchy.conditional(one, scales_of(one, shared=3.0))[3][0, -1, -1] ** 0.5 for one in fields)
+    assert rounded == pytest.approx(exact, rel=0.01) and larger > 2 * exact
 
 
 def test_one_run_scatters_and_counts_by_its_noise():
