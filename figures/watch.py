@@ -275,7 +275,10 @@ def level(table, ladder):
 
 
 def caught(ladder_log, faults):
-    """The share of runs alarmed, healthy ones first; faults {name: (log, 'COLUMN=VALUE' or None)}, sizes as in the ladder."""
+    """The share of runs alarmed, healthy ones first; faults {name: (log, 'COLUMN=VALUE' or None)}, sizes as in the ladder.
+
+    The healthy runs are those that set the alarm's level, so that theirs is no more than FALSE by construction.
+    """
     healthy = logs.clean(logs.load(ladder_log))[0]
     ladder, rows = hierarchy.gather(healthy), []
     alarm = level(healthy, ladder)
