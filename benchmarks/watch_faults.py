@@ -36,8 +36,8 @@ def train_repeated(widths=(32, 44), seeds=(0, 1, 2)):
         run = point.run
         first, length = (max(1, int(share * run.derived.steps)) for share in (REPEAT_FROM, REPEATED))
 
-        def repeating(run, seeds, first=first, length=length):
-            task = fresh(run, seeds)
+        def repeating(run, seeds, rows, first=first, length=length):
+            task = fresh(run, seeds, rows)
 
             def block(k):  # one step's data is one entry of a block
                 steps = np.arange(k * task.block_steps, (k + 1) * task.block_steps)

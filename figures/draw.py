@@ -286,6 +286,7 @@ def schedules(aligned, alpha):
         axis.set_ylim(values.min() - 0.05 * spread, values.min() + 1.1 * spread)
         if horizontal:
             axis.set_xscale('log')
+            style.plain_log(axis.xaxis)
             axis.set_xlim(0.1 * min(one.tokens_total for one in chosen) / unit)
         axis.legend(fontsize=6.5)
     return figure

@@ -38,10 +38,11 @@ def ladder_row(name, table):
     result, _ = collapse.analyse(table)
     fit, at = result['fit'], [int(np.argmin(np.abs(result['x'] - x))) for x in AT]
     onset, ci = result['supercollapse_from'], result['supercollapse_from_ci']
-    said = [f'{x:.2f}' if np.isfinite(x) else 'never' for x in (onset, *(ci or ()))]
+    told = np.isfinite(result['sigma']).all()  # with one seed a model there is no σ, and no verdict
+    said = [f'{x:.2f}' if np.isfinite(x) else 'never' if told else '–' for x in (onset, *(ci or ()))]
     return (name, *sizes(table), number(fit['a'], fit['a_ci']), number(fit['b'], fit['b_ci']),
             number(fit['L0'], fit['L0_profile_ci'] or fit['L0_ci'], 2),
-            *(f'{result["delta"][i]:.4f} / {result["sigma"][i]:.4f}' for i in at),
+            *(f'{result["delta"][i]:.4f} / ' + (f'{result["sigma"][i]:.4f}' if told else '–') for i in at),
             said[0] + (f' [{said[1]}, {said[2]}]' if ci else ''))
 
 
