@@ -300,8 +300,10 @@ def train_together(run, task, seeds, on_steps):
                        'lr': lrs[step], **{k: float(v[i]) for k, v in metrics.items()}}
                 row |= look([*records[i].rows, row]) if look else {}
                 records[i].log(row)
-                if run.stop_above is not None and row.get('forecast_lo90', -np.inf) > run.stop_above and step < run.derived.steps:
-                    close(i, 'stopped')
+                if run.stop_above is not None and step < run.derived.steps:
+                    [hopeless] = hosts.agree(int(row.get('forecast_lo90', -np.inf) > run.stop_above))
+                    if hopeless:
+                        close(i, 'stopped')
             on_steps(0, {'test_loss': np.mean(metrics['test_loss'][list(records)])} if records else {})
 
         if stop:
@@ -328,15 +330,18 @@ def newest_state(run, program, seeds, test):
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     folders = [record.folder_of(run, seed) for seed in seeds]
     one_seed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), jax.eval_shape(program.init, keys, test))
-    for step in checkpoint.steps(folders):
+    steps = [*checkpoint.steps(folders), -1, -1, -1][:3]  # the newest, and one that a kill left beside them
+    for step in [step for step in hosts.agree(0, *steps)[1:] if step >= 0]:
         saved = checkpoint.restore(folders, step, one_seed)
-        if saved is None:
-            continue
-        evaluated = step if saved.loss_count[0] == 0 else step - 1  # saved after the evaluation at its step, or before
-        points = [point for point in evaluation_points(run.num_evals, run.derived.steps) if point <= evaluated]
-        if all([row['step'] for row in record.read_history(folder)][:len(points)] == points for folder in folders):
+        if saved is not None:
+            evaluated = step if saved.loss_count[0] == 0 else step - 1  # saved after the evaluation at its step, or before
+            points = [point for point in evaluation_points(run.num_evals, run.derived.steps) if point <= evaluated]
+            if any([row['step'] for row in record.read_history(folder)][:len(points)] != points for folder in folders):
+                checkpoint.warn(f'{folders[0].parent}: lines of history.jsonl are lost; going on from the checkpoint before')
+                saved = None
+        [lost] = hosts.agree(int(saved is None))  # to any of the processes
+        if not lost:
             return jax.tree.map(hosts.place_whole, saved, program.state_homes), evaluated
-        checkpoint.warn(f'{folders[0].parent}: lines of history.jsonl are lost; going on from the checkpoint before')
     return program.init(keys, test), -1
 
 

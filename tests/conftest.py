@@ -1,6 +1,8 @@
 """What several test files share: small resolved runs, made as the command line makes them, and a small folder of tokens."""
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import hydra
@@ -83,3 +85,15 @@ def published():
     if folder is None:
         pytest.skip('SUPERCOLLAPSE_SHARED does not name the folder of published logs')
     return Path(folder)
+
+
+@pytest.fixture(scope='session')
+def loopback():
+    """The module of a W&B server on this machine, which is not this project's to ship."""
+    folder = os.environ.get('SUPERCOLLAPSE_SHARED')
+    if folder is None:
+        pytest.skip('needs a local stand-in for the W&B server: SUPERCOLLAPSE_SHARED/tools/wandb_loopback.py')
+    spec = importlib.util.spec_from_file_location('wandb_loopback', Path(folder) / 'tools/wandb_loopback.py')
+    module = sys.modules['wandb_loopback'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,8 +1,6 @@
 """Logs saved from folders and from W&B hold every evaluation of the finished runs, and say what they leave out."""
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,14 +69,8 @@ run.finish(exit_code=code)
 """
 
 
-def test_from_wandb_nothing_is_sampled_away(tmp_path):
+def test_from_wandb_nothing_is_sampled_away(loopback, tmp_path):
     """The real client against a server on this machine: 1,300 rows a run (a sampled history would give 500)."""
-    shared = os.environ.get('SUPERCOLLAPSE_SHARED')
-    if not shared:
-        pytest.skip('needs a local stand-in for the W&B server: SUPERCOLLAPSE_SHARED/tools/wandb_loopback.py')
-    spec = importlib.util.spec_from_file_location('wandb_loopback', Path(shared) / 'tools/wandb_loopback.py')
-    loopback = sys.modules['wandb_loopback'] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loopback)
     out = tmp_path / 'log.parquet'
     with loopback.WandbLoopback() as server:
         environment = server.env(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL='1', WANDB_DIR=str(tmp_path))

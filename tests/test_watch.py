@@ -1,6 +1,11 @@
-"""The watch leaves healthy runs alone, finds planted faults and names them, and follows a folder that grows."""
+"""The watch leaves healthy runs alone, finds planted faults and names them, and follows a folder or a W&B run that grows."""
 
 import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -138,6 +143,53 @@ def test_a_folder_that_grows(tmp_path):
     assert 'ALARM' in done.stdout and 'from x' in done.stdout and (tmp_path / 'watch.png').stat().st_size > 10_000
     missing = command(tmp_path / 'nothing', *look, module='watch')
     assert missing.returncode == 2 and missing.stderr.count('\n') == 1 and 'neither' in missing.stderr
+
+
+TRAIN = """
+import json, os, sys, time, wandb
+config, rows, half, go = json.load(sys.stdin), json.load(open(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
+run = wandb.init(project='p', entity='e', id='grows', config=config, settings=wandb.Settings(silent=True, console='off'))
+for i, row in enumerate(rows):
+    while i == half and not os.path.exists(go):
+        time.sleep(0.1)
+    run.log(row)
+run.finish()
+"""
+
+
+def test_a_wandb_run_that_grows(loopback, tmp_path):
+    """The real client logs a third of a run, and, once the watch has called that on track, a rest that has gone wrong."""
+    table = power_law_table(np.random.default_rng(0), offset=3e-4, jitter=1e-4, evals=60, seeds=3)
+    logs.write_parquet(table, tmp_path / 'ladder.parquet', source='planted')
+    run = table[table['run'] == 'D1024-s0']
+    late = run['tokens'] > 0.3 * run['tokens'].max()
+    rows = run.assign(test_loss=run['test_loss'] * np.where(late, 1.05, 1))
+    rows = rows[['step', 'tokens', 'compute', 'test_loss']].to_dict('records')
+    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    (tmp_path / 'config.json').write_text(json.dumps({
+        'T': float(run['tokens'].max()), 'num_params': float(run['num_params'].iloc[0]), 'opt.schedule': 'linear', 'opt.lr': 1e-3}))
+    with loopback.WandbLoopback() as server:
+        environment = server.env(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL='1', WANDB_DIR=str(tmp_path))
+        started = {'env': environment, 'text': True}
+        training = subprocess.Popen([sys.executable, '-c', TRAIN, 'rows.json', str((~late).sum()), 'go'], cwd=tmp_path,
+                                    stdin=(tmp_path / 'config.json').open(), **started)
+        wait_for(lambda: server.runs and len(server.runs['e/p/grows'].history) >= (~late).sum(), training)
+        watching = subprocess.Popen([sys.executable, '-m', 'figures.watch', 'e/p/grows', '--against', tmp_path / 'ladder.parquet',
+                                     '--every', '1'], cwd=Path(watch.__file__).parent.parent, stdout=subprocess.PIPE, **started)
+        shown = [next(line for line in watching.stdout if line in ('on track\n', 'ALARM'))]
+        (tmp_path / 'go').touch()
+        rest = watching.communicate(timeout=120)[0]
+        assert training.wait(60) == 0
+    assert shown == ['on track\n'] and watching.returncode == 0
+    onset = float(re.findall(r'ALARM: off its ladder from x = ([\d.]+)', rest)[-1])
+    assert 0.3 <= onset <= 0.5 and rest.splitlines()[-1].startswith('x = 1.000')
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_what_train_records_is_what_the_command_shows(tmp_path):
