@@ -70,9 +70,9 @@ def tolerance(axis, result):
     """Collapse tolerance Δ beside the noise floor σ, with 90% bands over seeds and L0 (figs. 1c, 3 right)."""
     x = result['x']
     axis.plot(x[:-1], result['delta'][:-1], color=style.BLUE, label=r'tolerance $\Delta$')
-    axis.plot(x[:-1], result['within'][:-1], ':', color=style.BLUE, lw=1, label=r'$\Delta$ within models')
-    axis.plot(x[:-1], result['between'][:-1], '--', color=style.BLUE, lw=1, label=r'$\Delta$ between models')
     if np.isfinite(result['sigma']).any():
+        axis.plot(x[:-1], result['within'][:-1], ':', color=style.BLUE, lw=1, label=r'$\Delta$ within models')
+        axis.plot(x[:-1], result['between'][:-1], '--', color=style.BLUE, lw=1, label=r'$\Delta$ between models')
         axis.plot(x, result['sigma'], color=style.RED, label=r'noise floor $\sigma$ (mean over models)')
     for name, colour in (('delta_ci', style.BLUE), ('sigma_ci', style.RED)):
         if result[name] is not None:
@@ -104,10 +104,10 @@ def collapse(table, result):
 def wrong_floor(curves, L0):
     """Subtracting another L̂ than L0 breaks the collapse (fig. 2): none, too low, right, too high."""
     ceiling = curves.loss[:, -1].min()
-    floors = {r'$\hat L$ = 0': 0.0, r'$\hat L$ too low': L0 / 2, r'$\hat L = L_0$': L0,
-              r'$\hat L$ too high': L0 + 0.5 * (ceiling - L0)}
-    figure, axes = plt.subplots(1, 4, figsize=(12, 2.9))
-    for axis, (name, floor) in zip(axes, floors.items(), strict=True):
+    floors = {0.0: r'$\hat L$ = 0', L0 / 2: r'$\hat L$ too low', L0: r'$\hat L = L_0$',      # an L0 of 0 leaves two of them
+              L0 + 0.5 * (ceiling - L0): r'$\hat L$ too high'}
+    figure, axes = plt.subplots(1, len(floors), figsize=(3 * len(floors), 2.9))
+    for axis, (floor, name) in zip(axes, floors.items(), strict=True):
         collapsed(axis, curves, floor)
         result = collapsing.spread(curves, floor)
         middle = np.argmin(np.abs(curves.x - 0.5))

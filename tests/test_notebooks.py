@@ -59,6 +59,8 @@ def workplace(tmp_path_factory):
         'laptop_mlp_no_mup': power_law_table(rng, gamma=0.9, **linear),
         'laptop_mlp_low_exponent': power_law_table(rng, gamma=0.9, **linear),
         'laptop_mlp_high_exponent': power_law_table(rng, gamma=1.1, **linear),
+        'laptop_text': power_law_table(rng, **linear),
+        'laptop_text_const': power_law_table(rng, past=10.0, schedule='const', models=6, seeds=3, evals=60),
         'laptop_mlp_const': power_law_table(rng, past=10.0, schedule='const', models=6, seeds=3, evals=60),
         'laptop_mlp_schedules': planted_schedules(rng, evals=60),
         'laptop_fault_horizon': power_law_table(rng, **linear).assign(T=lambda t: t.groupby('run')['tokens'].transform('max')),
