@@ -35,7 +35,7 @@ lint: .venv/complete ## check the style
 	.venv/bin/ruff check .
 
 bench: .venv/complete ## measure the training step against this machine's matmul rate
-	$(RUN) -m benchmarks.run
+	$(RUN) -m benchmarks.run --json benchmarks/bench.json
 
 bench-compare: .venv/complete ## the same beside another revision: make bench-compare REV=HEAD~1
 	$(RUN) -m benchmarks.compare $(REV)

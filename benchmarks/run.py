@@ -26,6 +26,7 @@ from tqdm import tqdm
 import config
 import data
 import hosts
+import model as models
 import optimizer
 import train
 
@@ -96,14 +97,27 @@ def measure_run(run):
             return state._replace(params=optimizer.descend(state.params, u, peak_lrs, 1e-9), moments=moments)
         return jax.lax.fori_loop(0, n, lambda _, state: jax.vmap(one)(state), state)
 
+    def chains(weights, x, n):  # for each weight the three products of its training, chained so that none can be left out
+        def one(w):
+            h = x[w.shape[1]]
+            y = jnp.einsum('sta,sab->stb', h, w)
+            g = jnp.einsum('stb,sab->sta', y, w)
+            w = jnp.einsum('sta,stb->sab', g, y)
+            return w / (1e-6 + jnp.max(jnp.abs(w)))
+        return jax.lax.fori_loop(0, n, lambda _, weights: list(map(one, weights)), weights)
+
     options = hosts.compiler_options(mesh.size)
-    make, update = (jax.jit(part, compiler_options=options) for part in (batches, updates))
+    make, update, multiply = (jax.jit(part, compiler_options=options) for part in (batches, updates, chains))
+    weights = product_weights(run, S)
+    x = {w.shape[1]: jnp.ones((S, run.opt.B * run.model.L, w.shape[1])) for w in weights}
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, 'data')))
+    weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
     state = jax.block_until_ready(step(state, peak_lrs, raw, s, np.int32(0), np.int32(2)))
     state, seconds = timed(lambda: step(state, peak_lrs, raw, s, np.int32(0), np.int32(3)))
     n = int(np.clip(3 * SECONDS / seconds, 1, task.block_steps))
-    for warm in (lambda: make(raw, 1), lambda: update(state, 1)):
+    for warm in (lambda: make(raw, 1), lambda: update(state, 1), lambda: multiply(weights, x, 1)):
         jax.block_until_ready(warm())
-    times = {name: [] for name in ('rate', 'step', 'data', 'optimiser', 'evaluation')}
+    times = {name: [] for name in ('rate', 'step', 'data', 'optimiser', 'products', 'host', 'evaluation')}
     for _ in range(REPEATS):
         train.matmul_rate.cache_clear()
         times['rate'].append(train.matmul_rate())
@@ -111,6 +125,9 @@ def measure_run(run):
         times['step'].append(seconds / n)
         times['data'].append(timed(lambda: make(raw, n))[1] / n)
         times['optimiser'].append(timed(lambda state=state: update(state, n))[1] / n)
+        times['products'].append(timed(lambda: multiply(weights, x, n))[1] / n)
+        state, seconds = timed(lambda state=state: step(state, peak_lrs, raw, s, np.int32(0), np.int32(0)))  # no step at all
+        times['host'].append(seconds / train.STRETCH_SECONDS * times['step'][-1])  # once a stretch: its share of a step
         (state, _), seconds = timed(lambda state=state: evaluate(state, peak_lrs, test))
         times['evaluation'].append(seconds)
     median = {k: statistics.median(v) for k, v in times.items()}
@@ -119,12 +136,21 @@ def measure_run(run):
     return {'D': run.model.D, 'L': run.model.L, 'B': run.opt.B, 'p': run.derived.num_params,
             'flops_per_step': flops, 'matmul_rate': median['rate'], 'step_seconds': median['step'],
             'step_share': flops / median['step'] / median['rate'], 'data_seconds': median['data'],
-            'optimiser_seconds': median['optimiser'],
+            'optimiser_seconds': median['optimiser'], 'products_seconds': median['products'], 'host_seconds': median['host'],
             'evaluation_seconds': median['evaluation'], 'test_batches': run.derived.num_test_batches,
             # forward and backward passes over the same batches are the floor: a step's time less its data and its update
             'evaluation_over_passes': median['evaluation'] / run.derived.num_test_batches
             / (median['step'] - median['data'] - median['optimiser']),
             'bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes, 'compile_seconds': compile_seconds}
+
+
+def product_weights(run, S):
+    """Weights of the shapes [S, a, b] that the model multiplies by, random; a transformer's embeddings are looked up."""
+    _, params, roles = models.structure(run.arch, run.model)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(roles), strict=True)
+    found = [w for w, role in pairs if run.arch == 'mlp' or role != 'input']
+    rows = [w.shape[0] if w.shape[0] == run.model.D else w.size // w.shape[-1] for w in found]
+    return [jax.random.normal(jax.random.key(i), (S, a, w.size // a)) for i, (w, a) in enumerate(zip(found, rows, strict=True))]
 
 
 def timed(call):
@@ -153,15 +179,17 @@ def processes():
 
 
 def table(rows):
-    """Text: a line a row; the columns after `share` say where a step's time goes, as shares of it."""
+    """Text: a line a row; the columns after `share` say where a step's time goes, as shares of it: making the data, the update, the
+    host, the products with the weights (timed alone), and the rest (elementwise operations, attention, loss)."""
     lines = [f"{'work':<26}{'p':>12}{'step ms':>10}{'GFLOP/s':>9}{'share':>8} |{'data':>7}{'update':>8}"
-             f"{'model':>7} |{'eval s':>8}{'eval/passes':>13}{'MB':>7}{'compile s':>11}"]
+             f"{'host':>6}{'products':>10}{'rest':>7} |{'eval s':>8}{'eval/passes':>13}{'MB':>7}{'compile s':>11}"]
     for r in rows:
         work = f"{r['config']} D={r['D']} L={r['L']} B={r['B']} ×{r['seeds']}"
-        parts = [r[f'{part}_seconds'] / r['step_seconds'] for part in ('data', 'optimiser')]
+        parts = [r[f'{part}_seconds'] / r['step_seconds'] for part in ('data', 'optimiser', 'host', 'products')]
+        made, update, host, products, rest = *parts, 1 - sum(parts)
         lines.append(f"{work:<26}{r['p']:>12,}{1e3 * r['step_seconds']:>10.2f}{r['flops_per_step'] / r['step_seconds'] / 1e9:>9.1f}"
-                     f"{r['step_share']:>8.1%} |{parts[0]:>7.1%}{parts[1]:>8.1%}{1 - sum(parts):>7.1%} |"
-                     f"{r['evaluation_seconds']:>8.2f}{r['evaluation_over_passes']:>13.2f}{r['bytes'] / 1e6:>7.0f}"
+                     f"{r['step_share']:>8.1%} |{made:>7.1%}{update:>8.1%}{host:>6.1%}{products:>10.1%}{rest:>7.1%}"
+                     f" |{r['evaluation_seconds']:>8.2f}{r['evaluation_over_passes']:>13.2f}{r['bytes'] / 1e6:>7.0f}"
                      f"{r['compile_seconds']:>11.1f}")
     return '\n'.join(lines)
 
