@@ -7,6 +7,9 @@ import os
 import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
 
 import config
 import hosts
@@ -26,7 +29,8 @@ class Mirror:
         self.thread, self.online, folder = ThreadPoolExecutor(1), run.wandb_mode == 'online', summary['folder']
         shutil.rmtree(f'{folder}/wandb', ignore_errors=True)  # of sessions whose rows this one repeats
         self.sweep = agents_run() if seed == run.all_seeds[0] else {}
-        values = config.flatten(config.settings(run, seed))
+        trained_on = yaml.safe_load(Path(folder, 'config.yaml').read_text())['environment']
+        values = config.flatten(config.settings(run, seed) | {'environment': trained_on})
         self.run = self.thread.submit(self._open, run, summary['name'], folder, summary['wandb_id'], values)
         for index, row in enumerate(rows):
             self.log(index, row)

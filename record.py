@@ -174,7 +174,7 @@ def make_folder(folder):
 
 
 def ended(run, seed) -> dict | None:
-    """The summary of a seed that has finished or diverged, None of one that is still to be trained.
+    """The summary of a seed that has finished, diverged or been stopped by its forecast, None of one that is still to be trained.
 
     A seed that diverged would do the same again. Raises RunFolderError if the folder holds another run, with the keys that differ
     of those that a user sets, or was trained on other data.

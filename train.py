@@ -208,21 +208,26 @@ def train(run, on_steps=lambda steps, shown: None) -> list[dict]:
     if seeds := [seed for seed, summary in ended.items() if not summary]:
         jax.config.update('jax_default_matmul_precision', run.matmul_precision)
         task = data.open_task(run, seeds, hosts.rows(run.opt.B))
+        look = follow_ladder(run)
         mirror.log_in(run)
         with record.locked([record.folder_of(run, seed) for seed in seeds]):
-            summaries += train_together(run, task, seeds, on_steps)
+            summaries += train_together(run, task, seeds, on_steps, look)
     return summaries
 
 
-def train_together(run, task, seeds, on_steps):
+def follow_ladder(run):
+    """look(rows) -> what figures/watch.py says of a run so far, to be recorded; {} of a run that does not watch itself."""
+    if not run.watch:
+        return lambda rows: {}
+    from figures import watch  # SciPy and a ladder's fit: only a run that watches itself waits for them
+
+    return watch.follow(run.watch, run.derived.num_params, run.derived.compute)
+
+
+def train_together(run, task, seeds, on_steps, look):
     """Trains these seeds of a run, fused, in folders that are theirs."""
     begin = time.monotonic()
     summaries = []
-    look = None
-    if run.watch:
-        from figures import watch  # SciPy and a ladder's fit: only a run that watches itself waits for them
-
-        look = watch.follow(run.watch, run.derived.num_params, run.derived.compute)
     program = programs(run, task)
     test = hosts.place_whole(task.test, program.test_sharding)
     state, evaluated = newest_state(run, program, seeds, test)
@@ -298,7 +303,7 @@ def train_together(run, task, seeds, on_steps):
                     continue
                 row = {'step': step, 'tokens': tokens, 'compute': 6.0 * tokens * run.derived.num_params, 'tau': tau[step],
                        'lr': lrs[step], **{k: float(v[i]) for k, v in metrics.items()}}
-                row |= look([*records[i].rows, row]) if look else {}
+                row |= look([*records[i].rows, row])
                 records[i].log(row)
                 if run.stop_above is not None and step < run.derived.steps:
                     [hopeless] = hosts.agree(int(row.get('forecast_lo90', -np.inf) > run.stop_above))

@@ -34,16 +34,17 @@ REPEATS = 5
 SECONDS = 1.5  # of device time a repeat
 
 MLP = ['model.N=5', 'opt.lr=0.001', 'opt.readout_lr_mult=1', 'T=1e9']
-LM = ['model.N=3', 'opt.warmup_tokens=0', 'T=1e9', 'T_eval=32768']
+TESTS = 'T_eval=32768'  # an evaluation is compared with its passes, of which a few will do
+LM = ['model.N=3', 'opt.warmup_tokens=0', 'T=1e9', TESTS]
 SHORT, LONG = ('chess', 128, 64), ('cifar5m', 1024, 8)  # (config, L, B) of the transformers: 8,192 tokens a step
 
 
 def grid():
     """The rows: (config name, number of fused seeds, overrides)."""
     for D in (32, 64, 128, 256, 512, 1024):
-        yield 'mlp', 1, [*MLP, f'model.D={D}']
+        yield 'mlp', 1, [*MLP, TESTS, f'model.D={D}']
     for D in (32, 64, 128):
-        yield 'mlp', 5, [*MLP, f'model.D={D}']
+        yield 'mlp', 5, [*MLP, TESTS, f'model.D={D}']
     for name, L, B in (SHORT, LONG):
         for D in (64, 128, 256, 512):
             yield name, 1, [*LM, f'model.L={L}', f'opt.B={B}', f'model.D={D}']

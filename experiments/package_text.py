@@ -23,12 +23,16 @@ TEST = 400_000  # characters, a little more as files are whole
 PIECE = 128
 
 
-def texts(package):
-    """Yield the sources of an installed package, each ended by a newline, shuffled by their paths. Raises ValueError."""
+def folder_of(package):
+    """Where an installed package lies. Raises ValueError."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise ValueError(f'{package}: no such package is installed here')
-    root = Path(found.submodule_search_locations[0])
+    return Path(found.submodule_search_locations[0])
+
+
+def texts(root):
+    """Yield the Python sources below a folder, each ended by a newline, shuffled by their paths."""
     names = sorted((file.relative_to(root).as_posix() for file in root.rglob('*.py')),
                    key=lambda name: hashlib.sha256(name.encode()).digest())
     for name in names:
@@ -43,13 +47,14 @@ def shuffled(text):
 
 def make(package, out):
     """Write the data set; nothing if `out` holds it already."""
+    root = folder_of(package)
     distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
     source = {'package': package, 'version': importlib.metadata.version(distribution), 'test': TEST, 'piece': PIECE}
     with prepare.workplace(out, source) as folder:
         if folder is None:
             return
         parts, size = {'test': [], 'train': []}, 0
-        for text in texts(package):
+        for text in texts(root):
             parts['test' if size < TEST else 'train'].append(text)
             size += len(text)
         if not parts['train']:

@@ -99,7 +99,7 @@ def expand(name, axes, data_needed=True):
         try:
             run = config.resolve(cfg, data.vocab_size(cfg.ds_path, data_needed))
             hosts.devices(run.opt.B, run.derived.microbatches)
-            todo = [seed for seed in run.all_seeds if (record.ended(run, seed) or {}).get('state') != 'finished']
+            todo = [seed for seed in run.all_seeds if not (record.ended(run, seed) and well(run, seed))]
         except ValueError as error:
             where = ' '.join(f'{key}={value}' for key, value in swept.items()) or name
             raise config.ConfigError(f'{where}: {error}') from error
@@ -143,6 +143,11 @@ def train_points(points):
             bar.total -= end - bar.n  # what a failed or diverged run left undone
             jax.clear_caches()  # programs are compiled for one point; kept, they would add up over a long grid
     return failed, None
+
+
+def well(run, seed):
+    """Whether this seed has ended as it should: at its horizon, or stopped by its forecast."""
+    return record.read_summary(record.folder_of(run, seed)).get('state') in ('finished', 'stopped')
 
 
 def results(run, failed=False):
@@ -190,7 +195,7 @@ def main(argv=None):
             print(table(points, failed))
         if stop:
             raise stop
-        if failed or any(results(point.run)['state'] != 'finished' for point in points):
+        if failed or not all(well(point.run, seed) for point in points for seed in point.run.all_seeds):
             sys.exit(1)
 
 

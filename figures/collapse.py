@@ -44,6 +44,13 @@ def ladder(table):
         if len(values) > 1:
             raise LogError(f'a collapse compares runs that differ in size and seed alone, and the log has {column} '
                            f'{", ".join(map(str, sorted(values)))}; choose one with --where {column}=…')
+    for column in ('peak_lr', 'B', 'N', 'L'):  # a rule may scale them with size; a peak read off sparse rates is not exact
+        by_model = ends.groupby('num_params')[column] if column in ends else None
+        if by_model is not None and (by_model.max() / by_model.min()).max() > 1.1:
+            p = (by_model.max() / by_model.min()).idxmax()
+            values = ends.loc[ends['num_params'] == p, column].dropna().unique()
+            raise LogError(f'a collapse compares runs that differ in size and seed alone, and the model with {p:.4g} parameters '
+                           f'has {column} {", ".join(f"{one:g}" for one in sorted(values))}; choose one with --where {column}=…')
     horizon = scaling_law.horizon_of(table)
     by_model = horizon.groupby(ends['num_params'])
     wide = by_model.max() / by_model.min() > 1.02

@@ -10,8 +10,8 @@ import numpy as np
 from figures import table as logs
 
 
-def parser(doc, name):
-    """An argument parser with what every command takes: LOG, --where, widths, --json, --out."""
+def parser(doc, name, figure=True):
+    """An argument parser with what every command takes: LOG, --where, widths, --json and, if it draws, --out."""
     parse = argparse.ArgumentParser(prog=f'python -m figures.{name}', description=doc)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
@@ -19,7 +19,8 @@ def parser(doc, name):
     parse.add_argument('--min-width', type=float, metavar='D', help='leave narrower models out')
     parse.add_argument('--max-width', type=float, metavar='D', help='leave wider models out')
     parse.add_argument('--json', action='store_true', help='the result as JSON on stdout, and nothing else there')
-    parse.add_argument('--out', metavar='FIG', help='write the figure (.png or .pdf)')
+    if figure:
+        parse.add_argument('--out', metavar='FIG', help='write the figure (.png or .pdf)')
     return parse
 
 
@@ -56,6 +57,7 @@ def save(draw, path):
     from figures import style
     with style.theme():
         style.save(draw(), path)
+    print(f'figure: {path}', file=sys.stderr)
 
 
 def run(main):
@@ -75,8 +77,6 @@ def report(args, result, lines, notes):
         print(json.dumps(plain(result | {'notes': notes}), allow_nan=False))
     else:
         print('\n'.join(lines))
-    if args.out:
-        print(f'figure: {args.out}', file=sys.stderr)
 
 
 def bracket(ci):

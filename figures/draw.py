@@ -388,7 +388,8 @@ def watch(result):
     band = [expected.loss + edge * expected.reducible for edge in (expected.lo90, expected.hi90)]
     left.fill_between(expected.x, *band, color=style.BLUE, alpha=0.2, lw=0, label='forecast from the ladder, 90%')
     left.plot(expected.x, expected.loss, color=style.BLUE)
-    left.plot(x, expected.loss[:len(x)] + result['residual'] * expected.reducible[:len(x)], color='black', label='this run')
+    k = np.searchsorted(expected.x, x)
+    left.plot(x, expected.loss[k] + result['residual'] * expected.reducible[k], color='black', label='this run')
     left.errorbar([1], [result['forecast']], yerr=result['forecast_hi90'] - result['forecast'], fmt='o', ms=4, color=style.RED,
                   capsize=3, label=f'its end, seen from x = {result["now"]:.2f} (90%)')
     left.set(yscale='log', xlabel='normalised compute x = C/C*', ylabel='test loss')

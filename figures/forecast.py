@@ -70,6 +70,8 @@ def split(ladder, p, most=np.inf, seen=0.0, tokens=None):
         if seen:
             raise LogError(f'--seen {seen:g}: the log holds no run of the target with {p:.4g} parameters')
         return small, Target(p, float(6 * p * tokens if tokens else optimal_compute(small, p)), 1, None, None)
+    if tokens:
+        raise LogError(f'--horizon: the log holds the target with {p:.4g} parameters, and its horizon')
     runs_there = ladder.losses[at[0]]
     early = np.where(ladder.x <= seen + 1e-9, runs_there.mean(0), np.nan) if seen else None
     return small, Target(p, float(ladder.compute[at[0]]), len(runs_there), ladder.mean[at[0]], early)
@@ -225,6 +227,9 @@ def main():
     if not 0 <= args.seen < 1:
         raise LogError(f'--seen {args.seen:g} must lie between 0 and 1')
     if args.target == 'each':
+        beside = [name for name in ('max_width', 'horizon', 'rate', 'schedule', 'out') if getattr(args, name) is not None]
+        if beside:
+            raise LogError(f'--target each forecasts every model from the smaller ones; leave out --{beside[0].replace("_", "-")}')
         rows = leave_out(table, (args.seen,), fewest=3 if table['num_params'].nunique() < 6 else 5)
         return command.report(args, {'splits': rows}, split_lines(rows), notes)
     result, more = analyse(table, args.target, args.max_width, args.seen, args.horizon, args.rate, args.schedule,

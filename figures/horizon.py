@@ -43,11 +43,6 @@ def optimal_compute(p, scale, exponent):
     return PETA * (np.asarray(p, float) / scale) ** exponent
 
 
-def optimal_tokens(p, scale, exponent):
-    """t* = C* / (6p)."""
-    return optimal_compute(p, scale, exponent) / (6 * np.asarray(p, float))
-
-
 def with_horizon(table, scale, exponent):
     """The table with opt_compute set to the fitted C* of each run's model."""
     return table.assign(opt_compute=optimal_compute(table['num_params'], scale, exponent))

@@ -226,11 +226,11 @@ def compare(curves, names):
     return fits, rows, pd.DataFrame(rows).drop(columns='curve').groupby('law', sort=False).mean()
 
 
-def read_csv(path, warmup=None):
+def read_csv(path, warmup=None, without=None):
     """{name: Curve} of a .csv with columns run, step, lr, loss, or of a folder of .csv files (step, lr, loss), a curve each.
 
-    Without `warmup`, what precedes the first evaluation of any curve is taken to be a linear warm-up. Steps at 24,000 itself are
-    left out, as in the published protocol for such files.
+    Without `warmup`, what precedes the first evaluation of any curve is taken to be a linear warm-up. The
+    evaluation at step `without` is left out (24,000 in the published protocol for the curves of Luo et al.).
     """
     path = Path(path)
     tables = {one.stem: logs.load(one) for one in sorted(path.glob('*.csv'))}
@@ -238,7 +238,7 @@ def read_csv(path, warmup=None):
     for name, rows in tables.items():
         require(rows, ['step', 'lr', 'test_loss'], f'the schedule curve {name}')
     warmup = min(rows['step'].min() for rows in tables.values()) if warmup is None else warmup
-    tables = {name: rows[rows['step'] != 24000] for name, rows in tables.items()}
+    tables = {name: rows[rows['step'] != without] for name, rows in tables.items()}
     return {name: make_curve(name, rows['step'], rows['lr'], rows['test_loss'], warmup) for name, rows in tables.items()}
 
 
@@ -269,10 +269,11 @@ def main():
     parse = command.parser(__doc__.splitlines()[0], 'schedule_laws')
     parse.add_argument('--fit', nargs='+', metavar='CURVE', help='the curves to fit, two or three; the others are predicted')
     parse.add_argument('--warmup', type=float, metavar='STEPS', help='steps of linear warm-up before the curves of a .csv begin')
+    parse.add_argument('--without', type=float, metavar='STEP', help='an evaluation of a .csv to leave out (as published: 24000)')
     args = parse.parse_args()
     notes = []
     if args.log.endswith('.csv') or any(Path(args.log).glob('*.csv')):
-        curves = read_csv(args.log, args.warmup)
+        curves = read_csv(args.log, args.warmup, args.without)
     else:
         table, notes, _ = command.read(args)
         curves = from_table(table)

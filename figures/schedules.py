@@ -32,6 +32,7 @@ class Aligned(NamedTuple):
     x: np.ndarray         # tokens over tokens_total
     tau: np.ndarray
     eta: np.ndarray       # rate over its peak
+    reference_eta: np.ndarray    # that of the constant-rate run at the same τ: 1 but for its warm-up
     loss: np.ndarray
     reference: np.ndarray        # L_const(τ)
     noise: np.ndarray            # Tr Σ of the run, Buvar; NaN where it was not measured
@@ -39,7 +40,7 @@ class Aligned(NamedTuple):
 
     @property
     def delta_eta(self):
-        return self.eta - 1
+        return np.where(self.reference_eta < 1 - 1e-6, 0, self.eta - 1)  # both warm up alike
 
     @property
     def decaying(self):
@@ -90,11 +91,11 @@ def align(table):
             alone.append(run)
             continue
         at = own['tau'].to_numpy()
+        beside = {column: np.interp(at, reference['tau'], reference[column]) for column in ('lr', 'test_loss', 'Buvar')}
         aligned.append(Aligned(
             run, name, end['schedule'], float(end.get('decay_frac', np.nan)), float(end['num_params']), float(end['tokens']),
             float(end['peak_lr']), (own['tokens'] / end['tokens']).to_numpy(), at, (own['lr'] / end['peak_lr']).to_numpy(),
-            own['test_loss'].to_numpy(), np.interp(at, reference['tau'], reference['test_loss']), settled_noise(own),
-            np.interp(at, reference['tau'], reference['Buvar'])))
+            beside['lr'] / end['peak_lr'], own['test_loss'].to_numpy(), beside['test_loss'], settled_noise(own), beside['Buvar']))
     if not aligned:
         found = ', '.join(sorted(ends['schedule'].dropna().unique()))
         raise LogError('no run with a decaying rate has a constant-rate run of the same model, batch and peak rate beside it '

@@ -172,7 +172,7 @@ def at_equal_budget(rows):
 
 
 def main():
-    parse = command.parser(__doc__.splitlines()[0], 'stopping')
+    parse = command.parser(__doc__.splitlines()[0], 'stopping', figure=False)
     parse.add_argument('--against', required=True, metavar='LADDER', help='the log of the ladder the sweep belongs to')
     parse.add_argument('--subset', type=int, metavar='N', help='average over all sub-sweeps of N runs')
     args = parse.parse_args()

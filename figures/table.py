@@ -153,8 +153,8 @@ def from_run(run, config, rows, summary):
         values[column] = next((config[key] for key in keys if config.get(key) is not None), None)
     horizon_set = config.get('token_per_param') is not None or (
         config.get('scale') is not None and config.get('exponent') is not None)
-    if horizon_set and values['T'] and values['num_params']:
-        values['opt_compute'] = 6.0 * float(values['num_params']) * float(values['T'])
+    if horizon_set and values['T'] and values['num_params']:  # of the steps there are, where the run says how many
+        values['opt_compute'] = config.get('derived.compute') or 6.0 * float(values['num_params']) * float(values['T'])
     return history.assign(**values)
 
 
@@ -454,7 +454,7 @@ def _cut_short(table):
     key = [c for c in ('num_params', 'D', 'schedule', 'decay_frac', 'T', 'B', 'peak_lr', 'tag') if c in ends]
     wanted = reach.groupby([ends[c] for c in key], dropna=False).transform('max') if key else reach
     if axis == 'compute':
-        if 'T' in ends:
+        if {'T', 'num_params'} <= set(ends):
             step = ends['B'] * ends['L'] if {'B', 'L'} <= set(ends) else pd.Series(1.0, ends.index)  # tokens an update
             planned = 6 * ends['num_params'] * (ends['T'] - ends['T'] % step.fillna(1))
             wanted = planned.where(planned.notna(), wanted)

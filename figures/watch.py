@@ -164,7 +164,11 @@ def differences(table, ladder_table, compute, expected):
     for column in HABITS:
         there = ladder_table[column].dropna().unique() if column in ladder_table else []
         here = last.get(column)
-        if len(there) == 1 and here is not None and here == here and here != there[0]:
+        if here is None or here != here or len(there) > 1:
+            continue
+        if column == 'match_mup_at_D' and not len(there):
+            found.append(f'{column} is {here:g}, the ladder has none')
+        elif len(there) and here != there[0]:
             found.append(f'{column} is {here}, the ladder\'s {there[0]}')
     ratio = compute / expected.compute
     if abs(np.log(ratio)) > 0.05:

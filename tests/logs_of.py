@@ -13,9 +13,10 @@ from figures import table as logs
 def paper_log(name):
     """Path of one of the authors' logs, or skip: they are not ours to ship."""
     shared = os.environ.get('SUPERCOLLAPSE_SHARED')
-    if not shared:
-        pytest.skip(f'needs the authors\' {name}.pkl: set SUPERCOLLAPSE_SHARED to a folder with paper_logs/{name}.pkl')
-    return Path(shared) / 'paper_logs' / f'{name}.pkl'
+    path = (Path(shared) / 'paper_logs' if shared else Path(logs.__file__).parent.parent / 'logs/paper') / f'{name}.pkl'
+    if not path.exists():
+        pytest.skip(f'needs the authors\' log:  sh download_paper_logs.sh {name}')
+    return path
 
 
 def power_law_table(rng, models=6, seeds=4, offset=2e-3, jitter=1e-3, L0=0.1, exponent=0.5, past=1.0, evals=150,

@@ -124,6 +124,12 @@ def test_one_model_one_seed_and_mixed_ladders():
     mixed.loc[mixed['seed'] == 1, 'schedule'] = 'cosine'
     with pytest.raises(logs.LogError, match='schedule cosine, linear'):
         collapse.analyse(mixed)
+    rates = planted()
+    rates.loc[rates['seed'] == 1, 'peak_lr'] *= 2
+    with pytest.raises(logs.LogError, match='peak_lr 0.001, 0.002'):     # a sweep of rates is no group of seeds
+        collapse.analyse(rates)
+    scaled = planted()
+    collapse.analyse(scaled.assign(peak_lr=1e3 / scaled['num_params']))  # a rate that falls with size is
     with pytest.raises(logs.LogError, match='below'):
         collapse.analyse(planted(), L0=5.0)
 

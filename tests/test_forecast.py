@@ -150,6 +150,10 @@ def test_command_on_a_csv(tmp_path):
     assert len(result['ladder']) == 4 and 'one seed' in ' '.join(result['notes']) and (tmp_path / 'f.png').stat().st_size > 10_000
     few = command(tmp_path / 'curves.csv', '--target', f'p={np.sort(table["p"].unique())[1]}', module='forecast')
     assert few.returncode == 2 and few.stderr.count('\n') == 1 and 'at least three' in few.stderr
+    for options, told in ((('--target', 'each', '--out', 'f.png'), 'leave out --out'),
+                          (('--target', f'p={largest}', '--horizon', 1e9), 'the log holds the target')):
+        refused = command(tmp_path / 'curves.csv', *options, module='forecast')
+        assert refused.returncode == 2 and told in refused.stderr
 
 
 def test_seventeen_times_the_compute_of_the_authors_mlps():

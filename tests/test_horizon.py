@@ -44,7 +44,7 @@ def test_clean_curves_give_the_planted_horizon():
 
 def test_horizon_helpers_agree():
     p = np.array([1e6, 1e7])
-    np.testing.assert_allclose(horizon.optimal_tokens(p, SCALE, EXPONENT), p, rtol=1e-12)  # C* = 6p² is t* = p
+    np.testing.assert_allclose(horizon.optimal_compute(p, SCALE, EXPONENT), 6 * p ** 2, rtol=1e-12)
     table = horizon.with_horizon(planted(), SCALE, EXPONENT)
     np.testing.assert_allclose(table['opt_compute'], 6 * table['num_params'] ** 2, rtol=1e-12)
 

@@ -183,7 +183,7 @@ PUBLISHED = {25: (0.9988, 0.00376, 0.00465, 0.00409), 100: (0.9983, 0.00435, 0.0
 
 @pytest.mark.parametrize('size', PUBLISHED)
 def test_published_errors_of_the_multi_power_law_and_ours_below(published, size):
-    curves = laws.read_csv(published / f'llm_curves/{size}')
+    curves = laws.read_csv(published / f'llm_curves/{size}', without=24000)
     fitted = ['cosine_24000', 'constant_24000', 'wsdcon_9']
     chosen = [curves[name] for name in fitted]
     means = [pd.DataFrame([laws.errors(one, curves[name]) for name in curves if name not in fitted]).mean()

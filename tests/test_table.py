@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from figures import scaling_law
 from figures import table as logs
 from tests.logs_of import paper_log, power_law_table
 
@@ -141,6 +142,20 @@ def test_a_folder_of_runs(tmp_path):
     assert first['opt_compute'] == 6 * 100 * 8                                          # its horizon was set by scale, exponent
     cleaned, notes, _ = logs.clean(table)
     assert list(cleaned['run'].unique()) == ['mine/a'] and '1 unfinished runs left out: mine/b' in notes[0]
+
+
+def test_a_run_of_few_steps_ends_at_its_horizon():
+    """T of 50.9 tokens is 50 steps of one: x = 1 is the last of them, not 1.8% beyond."""
+    rows = [{'step': i, 'tokens': i, 'compute': 6.0 * 100 * i, 'test_loss': 3 / (1 + i)} for i in range(51)]
+    setting = {'scale': 1.0, 'exponent': 2.0, 'T': 50.9, 'model': {'L': 1}, 'opt': {'B': 1},
+               'derived': {'num_params': 100, 'compute': 6.0 * 100 * 50}}
+    table = logs.clean(logs.tidy(logs.from_run('short', setting, rows, {'state': 'finished'})))[0]
+    assert scaling_law.horizon_of(table)['short'] == table['opt_compute'].iloc[0] == 6 * 100 * 50
+
+
+def test_a_csv_that_knows_T_but_not_p():
+    table = pd.DataFrame({'run': 'a', 'compute': np.arange(1.0, 21), 'test_loss': np.geomspace(2, 1, 20), 'T': 5.0})
+    assert len(logs.clean(logs.tidy(table))[0]) == 20
 
 
 def test_a_broken_line_in_the_middle_is_no_kill(tmp_path):

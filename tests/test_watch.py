@@ -192,6 +192,31 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.1)
 
 
+def test_a_curve_is_drawn_where_it_was_evaluated(tmp_path):
+    """A run on its ladder exactly, evaluated from x = 0.1 on only: the line of the picture lies on the ladder's."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from figures import draw
+    table = power_law_table(np.random.default_rng(0), seeds=3)
+    expected = watch.expect(hierarchy.gather(table), table['num_params'].max())
+    late = expected.x >= 0.1
+    reading = watch.read(expected, expected.x[late], expected.loss[late])
+    figure = draw.watch({'expected': expected, 'x': reading.x, 'residual': reading.residual, 'now': 1.0, 'forecast': 0.2,
+                         'forecast_hi90': 0.21, 'alarm': np.nan, 'looks_like': []})
+    own, = [line for line in figure.axes[0].lines if line.get_label() == 'this run']
+    np.testing.assert_allclose(own.get_ydata(), expected.loss[late], rtol=1e-9)
+
+
+def test_what_in_the_configuration_differs_is_said():
+    table = power_law_table(np.random.default_rng(0), seeds=1)
+    expected = watch.expect(hierarchy.gather(table), table['num_params'].max())
+    run = table[table['num_params'] == table['num_params'].max()]
+    own = run.assign(match_mup_at_D=32.0, peak_lr=2e-3)
+    found = watch.differences(own, table, run['compute'].max(), expected)
+    assert found == ["peak_lr is 0.002, the ladder's 0.001", 'match_mup_at_D is 32, the ladder has none']
+    assert not watch.differences(run, table, run['compute'].max(), expected)
+
+
 def test_what_train_records_is_what_the_command_shows(tmp_path):
     table = power_law_table(np.random.default_rng(1), evals=60)
     logs.write_parquet(table, tmp_path / 'ladder.parquet', source='planted')
