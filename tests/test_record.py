@@ -136,7 +136,9 @@ def test_wandb_mirrors_the_record(run_in, tmp_path, monkeypatch, state, exit_cod
             'schedule': 'linear', 'decay_frac': 1, 'num_params': 8 * 16 + 2 * 16**2 + 16, 'seed': 5, 'T': 640, 'wandb_tag': 't'}
     assert {k: logged.get(k) for k in want} == want
     flat = config.flatten(config.settings(run, 5))
-    for short in set(logged) - set(flat):  # a short name stands for one key alone
+    about = {key for key in logged if key.startswith('environment.')}
+    assert logged['environment.device'] == 'cpu' and 'environment.revision' in about
+    for short in set(logged) - set(flat) - about:  # a short name stands for one key alone
         assert [k for k in flat if k.split('.')[-1] == short] == [config.SHORT_NAMES[short]]
 
 
