@@ -34,7 +34,7 @@ test: .venv/complete ## run the tests
 lint: .venv/complete ## check the style
 	.venv/bin/ruff check .
 
-bench: .venv/complete ## measure the training step against this machine's matmul rate
+bench: .venv/complete ## measure the training step against this machine's matmul rate (20 minutes): benchmarks/bench.json
 	$(RUN) -m benchmarks.run --json benchmarks/bench.json
 
 bench-compare: .venv/complete ## the same beside another revision: make bench-compare REV=HEAD~1
