@@ -117,7 +117,7 @@ def train_points(points):
     Returns the labels of failed points, and the train.Interrupted that a signal caused, or None.
     """
     failed = set()
-    points = [point for point in points if point.todo]
+    points = [point for point in points if point.todo or point.run.wandb_mode == 'online']  # W&B may lack some of a finished run
     total = sum(point.run.derived.compute * len(point.todo) for point in points)
     with tqdm(total=total, unit='FLOP', unit_scale=True, smoothing=0.05, disable=not (points and hosts.first())) as bar:
         for point in points:

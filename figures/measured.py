@@ -87,6 +87,8 @@ def tables(paths):
             add(SCHEDULES, schedule_row, name, table)
         else:
             add(LADDERS, ladder_row, name, table)
+            if table['num_params'].nunique() > 4:
+                add(LADDERS, ladder_row, f'{name}, without the narrowest', table[table['num_params'] > table['num_params'].min()])
     return found, reasons
 
 

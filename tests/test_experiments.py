@@ -184,6 +184,12 @@ def test_runner_trains_a_grid_once(tiny, capsys):
     assert {path: path.stat().st_mtime_ns for path in Path('runs').rglob('*')} == written, 'the second call trains nothing'
     assert capsys.readouterr().out.splitlines()[-4:] == table.splitlines()[-4:], 'and shows the same table'
 
+    summary = sorted(Path('runs/tiny').glob('*/summary.json'))[0]
+    summary.write_text(json.dumps(summaries[0] | {'state': 'stopped'}))
+    assert run(tiny, 'wandb_mode=disabled') == 0, 'a run stopped by its forecast has ended well'
+    summary.write_text(json.dumps(summaries[0] | {'state': 'diverged'}))
+    assert run(tiny, 'wandb_mode=disabled') == 1
+
 
 def test_one_failure_does_not_stop_the_rest(tiny, capsys, write_tokens):
     """A data set is too short, a learning rate takes the weights past float32; the good pair trains, and the exit code tells."""

@@ -22,7 +22,7 @@ def test_each_kind_of_log_has_its_row(tmp_path, monkeypatch, capsys):
                                    for block in capsys.readouterr().out.strip().split('\n\n'))
     assert [row[0] for row in horizon[2:]] == ['steady']
     assert abs(float(horizon[2][4].split()[0]) - 2) < 0.05  # C* = 6p² is planted
-    assert [row[0] for row in ladders[2:]] == ['ladder', 'steady, to the horizon']
+    assert [row[0] for row in ladders[2:]] == ['ladder', 'ladder, without the narrowest', 'steady, to the horizon']
     assert [row[0] for row in schedules[2:]] == ['schedules']
     assert all(len(row) == len(block[0]) for block in (horizon, ladders, schedules) for row in block)
     result, _ = collapse.analyse(logs.clean(planted['ladder'])[0])
