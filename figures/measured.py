@@ -31,7 +31,7 @@ def sizes(table):
 
 def number(value, ci, digits=3):
     """'0.17 [0.16, 0.18]'."""
-    return f'{value:.{digits}g}' + (f' [{ci[0]:.{digits}g}, {ci[1]:.{digits}g}]' if ci else '')
+    return f'{round(value, 12):.{digits}g}' + (f' [{ci[0]:.{digits}g}, {ci[1]:.{digits}g}]' if ci else '')
 
 
 def ladder_row(name, table):
