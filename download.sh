@@ -6,7 +6,7 @@ here=$(dirname "$0") name=$1 dir=$2 meta=$3
 shift 3
 base=${TOKENIZED_URL:-https://storage.googleapis.com}/$name-tokenized
 python=${PYTHON:-$here/.venv/bin/python}
-[[ -x $python ]] || python=python3
+command -v "$python" >/dev/null || python=python3
 
 die() { echo "download_$name: $*" >&2; exit 1; }
 bytes() { if [[ -e $1 ]]; then wc -c <"$1" | tr -d ' '; else echo 0; fi; }

@@ -8,7 +8,7 @@ cd "$(dirname "$0")" || exit 1
 mkdir -p logs/paper
 [ $# -gt 0 ] || set -- mlp c5m chess mlp_const c5m_const chess_const mlp_schedules c5m_schedules
 python=${PYTHON:-.venv/bin/python}
-[ -x "$python" ] || python=python3
+command -v "$python" >/dev/null || python=python3
 failed=0
 
 readable() { "$python" -c 'import sys; from figures import table; table.load(sys.argv[1])' "$1"; }

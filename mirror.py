@@ -69,7 +69,7 @@ class Mirror:
 
         In a sweep only an interrupted run ends with an error for W&B: any other would end the same way again, and again.
         """
-        again = summary['state'] == 'interrupted' if self.sweep else summary['state'] != 'finished'
+        again = summary['state'] == 'interrupted' if self.sweep else summary['state'] not in ('finished', 'stopped')
 
         def end():
             self.run.result().summary.update(summary)

@@ -167,7 +167,7 @@ def differences(table, ladder_table, compute, expected):
         if here is None or here != here or len(there) > 1:
             continue
         if column == 'match_mup_at_D' and not len(there):
-            found.append(f'{column} is {here:g}, the ladder has none')
+            found.append(f'{column} is {here:g}, the ladder\'s log names none')
         elif len(there) and here != there[0]:
             found.append(f'{column} is {here}, the ladder\'s {there[0]}')
     ratio = compute / expected.compute

@@ -213,7 +213,7 @@ def test_what_in_the_configuration_differs_is_said():
     run = table[table['num_params'] == table['num_params'].max()]
     own = run.assign(match_mup_at_D=32.0, peak_lr=2e-3)
     found = watch.differences(own, table, run['compute'].max(), expected)
-    assert found == ["peak_lr is 0.002, the ladder's 0.001", 'match_mup_at_D is 32, the ladder has none']
+    assert found == ["peak_lr is 0.002, the ladder's 0.001", "match_mup_at_D is 32, the ladder's log names none"]
     assert not watch.differences(run, table, run['compute'].max(), expected)
 
 
