@@ -29,8 +29,9 @@ class Mirror:
         self.thread, self.online, folder = ThreadPoolExecutor(1), run.wandb_mode == 'online', summary['folder']
         shutil.rmtree(f'{folder}/wandb', ignore_errors=True)  # of sessions whose rows this one repeats
         self.sweep = agents_run() if seed == run.all_seeds[0] else {}
-        trained_on = yaml.safe_load(Path(folder, 'config.yaml').read_text())['environment']
-        values = config.flatten(config.settings(run, seed) | {'environment': trained_on})
+        here = yaml.safe_load(Path(folder, 'config.yaml').read_text())['environment']
+        self.origin = {key: here[key] for key in ('revision', 'device')}  # not configuration: W&B would hand it out again as keys
+        values = config.flatten(config.settings(run, seed))
         self.run = self.thread.submit(self._open, run, summary['name'], folder, summary['wandb_id'], values)
         for index, row in enumerate(rows):
             self.log(index, row)
@@ -72,7 +73,7 @@ class Mirror:
         again = summary['state'] == 'interrupted' if self.sweep else summary['state'] not in ('finished', 'stopped')
 
         def end():
-            self.run.result().summary.update(summary)
+            self.run.result().summary.update(summary | self.origin)
             self.run.result().finish(exit_code=int(again))
 
         try:

@@ -151,6 +151,8 @@ def from_run(run, config, rows, summary):
         values['seconds'] = summary['wall_seconds'] / summary.get('seeds_fused', 1)
     for column, keys in CONFIG_KEYS.items():
         values[column] = next((config[key] for key in keys if config.get(key) is not None), None)
+    for column in ('revision', 'device'):  # W&B has them in the summary
+        values[column] = values[column] or summary.get(column)
     horizon_set = config.get('token_per_param') is not None or (
         config.get('scale') is not None and config.get('exponent') is not None)
     if horizon_set and values['T'] and values['num_params']:  # of the steps there are, where the run says how many
