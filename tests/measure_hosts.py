@@ -1,24 +1,26 @@
 """One run on 1, 2, 4 and 8 devices, and on 2 and 4 processes of this machine: do the losses agree; does it go on after a signal?
 
-    python tests/measure_hosts.py DIR            # some two minutes
+    python tests/measure_hosts.py DIR            # some five minutes
 """
 import argparse
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from test_hosts import losses, start  # noqa: E402
+from test_hosts import ROOT, losses, start  # noqa: E402
 
 import checkpoint  # noqa: E402
 import record  # noqa: E402
 
 
-def run(count, *overrides, stop=None, devices=1):
+def run(count, *overrides, stop=None, **started):
     """Exit codes; `stop` is a process that gets a SIGTERM once a state is saved."""
-    processes = start(count, *overrides, devices=devices)
+    processes = start(count, *overrides, **started)
     if stop is not None:
         folder = Path(next(word.split('=')[1] for word in map(str, overrides) if word.startswith('run_dir=')))
         while not checkpoint.steps([folder]) and all(p.poll() is None for p in processes):
@@ -53,6 +55,13 @@ def main():
         far = {count: float(np.abs(found[count] / found[1] - 1).max()) for count in found}
         print(f'{name}: largest relative difference of a test loss from one process with one device, by processes: '
               f'{ {count: f"{x:.1e}" for count, x in far.items()} }', flush=True)
+    wide = ['-cn', 'mlp', 'model.N=5', 'model.D=384', 'opt.readout_lr_mult=1', 'T=81920', 'num_evals=8', 'wandb_mode=disabled']
+    for devices in (1, 2):  # 20 steps of a published run
+        subprocess.run([sys.executable, ROOT / 'train.py', *wide, f'run_dir={folder}/wide-{devices}'], check=True,
+                       capture_output=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)})
+    one, two = (np.array(losses(folder / f'wide-{devices}')) for devices in (1, 2))
+    print(f'MLP, D = 384, B = 4096: largest relative difference of a test loss, two devices from one: {np.abs(two / one - 1).max():.1e}',
+          flush=True)
     out = folder / 'stopped'
     codes = run(2, *work, f'run_dir={out}', 'checkpoint_minutes=0.001', stop=1)
     before = record.read_summary(out)
