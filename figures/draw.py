@@ -7,6 +7,7 @@ from matplotlib import pyplot as plt
 from figures import collapse as collapsing
 from figures import horizon as horizons
 from figures import power_laws, scaling_law, style
+from figures import reproduced as reproducing
 from figures import schedule_laws as laws
 from figures import schedules as scheduling
 from figures.table import PETA
@@ -404,4 +405,29 @@ def watch(result):
         title = f'off its ladder from x = {result["alarm"]:.2g}'
     right.set(xlabel='normalised compute x = C/C*', ylabel='% of the reducible loss', title=title, xlim=(0, 1))
     right.legend()
+    return figure
+
+
+# ---- a published curve trained again ---------------------------------------------------------------------------------
+
+
+def reproduced(table, same, L0):
+    """A run beside the published seeds of its model: losses, and both distances from the published mean at its evaluations."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.3))
+    for one, style_of in ((same, {'color': style.GREY, 'lw': 0.8}), (table, {'color': style.RED, 'lw': 1.2})):
+        for _, rows in one.groupby('run', sort=False):
+            left.plot(rows['compute'] / PETA, rows['test_loss'], **style_of)
+    left.set(xscale='log', yscale='log', xlabel='compute C (PFLOPs)', ylabel='test loss')
+    style.plain_log(left.yaxis)
+    result = reproducing.compare(table, same, L0, reproducing.evaluations(table))
+    x = result['x']
+    for axis, own, seeds, name in ((middle, result['loss'] / result['published'] - 1, result['each_seed'], 'loss'),
+                                   (right, result['distance'], result['each_distance'], r'normalised loss $\ell$')):
+        for i, seed in enumerate(seeds):
+            axis.plot(x, 100 * seed, color=style.GREY, lw=0.8, label='published seeds' if i == 0 else None)
+        axis.plot(x, 100 * own, 'o-', ms=2.5, color=style.RED, label='trained again')
+        axis.set(xlabel='normalised compute x = C/C*', ylabel='from the published mean (%)', title=name, xlim=(0, 1.01))
+        axis.legend()
+    left.set_title(f'p = {style.count(same["num_params"].iloc[0])}, final loss {result["loss"][-1]:.5f}, '
+                   f'{result["off"][-1]:+.1f} sd')
     return figure

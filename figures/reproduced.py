@@ -1,0 +1,75 @@
+"""A run of ours beside the published runs of the same model: does it lie where another of their seeds would?
+
+    python -m figures.reproduced logs/mlp_384.parquet logs/paper/mlp.pkl
+
+Losses are compared at equal compute, as they are and normalised (eq. 1, with the L0 of the whole published ladder).
+"""
+
+import numpy as np
+
+from figures import collapse, command, scaling_law
+from figures.table import LogError, clean, load, runs, select
+
+AT = np.arange(1, 11) / 10
+
+
+def same_model(table, published):
+    """The published runs of the one model and schedule of the table. LogError if there are none, or of another horizon."""
+    ends = runs(table)
+    if ends['num_params'].nunique() > 1:
+        raise LogError(f'one model is compared at a time, and the log has D = {sorted(ends["D"].astype(int).unique())}; choose one '
+                       'with --where D=…')
+    wanted = {column: ends[column].iloc[0] for column in ('num_params', 'schedule', 'peak_lr', 'B')
+              if column in ends and column in published and ends[column].notna().all()}
+    same = select(published, **wanted)
+    C, theirs = (scaling_law.horizon_of(one).mean() for one in (table, same))
+    if abs(C / theirs - 1) > 0.01:
+        raise LogError(f'the horizons differ: C* = {C:.4g} FLOPs here, {theirs:.4g} in the published log')
+    return same
+
+
+def compare(table, same, L0, x=AT):
+    """{name: [K]} at normalised compute x: our loss (mean over seeds), the published mean and standard deviation over seeds
+    (ddof 1), our distance in those; the same of ℓ (eq. 1), its distance relative to the published mean."""
+    ours, theirs = collapse.curves(table, x), collapse.curves(same, x)
+    if len(ours.x) < len(x) or len(theirs.x) < len(x):
+        raise LogError(f'both logs must begin by x = {min(x):g}')
+    seeds, own = collapse.normalise(theirs, L0), collapse.normalise(ours, L0).mean(0)
+    loss, mean, sd = ours.loss.mean(0), theirs.loss.mean(0), theirs.loss.std(0, ddof=1)
+    return {'x': ours.x, 'loss': loss, 'published': mean, 'sd': sd, 'off': (loss - mean) / sd,
+            'each_seed': theirs.loss / mean - 1, 'normalised': own, 'normalised_published': seeds.mean(0),
+            'distance': own / seeds.mean(0) - 1, 'each_distance': seeds / seeds.mean(0) - 1,
+            'noise': seeds.std(0, ddof=1) / seeds.mean(0)}
+
+
+def evaluations(table, from_x=0.01):
+    """x of the first run's own evaluations from `from_x` on; its end is 1."""
+    C = table[table['run'] == table['run'].iloc[0]]['compute'].to_numpy()
+    x = C / C[-1]
+    return x[x >= from_x]
+
+
+def main():
+    parse = command.parser(__doc__.splitlines()[0], 'reproduced')
+    parse.add_argument('published', metavar='PUBLISHED', help='the log to compare with, a whole ladder')
+    args = parse.parse_args()
+    table, notes, _ = command.read(args)
+    ladder, more, _ = clean(load(args.published))
+    points = scaling_law.optimal_points(ladder)
+    L0 = scaling_law.fit(points.compute, points.loss).L0
+    same = same_model(table, ladder)
+    result = compare(table, same, L0)
+    if args.out:
+        from figures import draw
+        command.save(lambda: draw.reproduced(table, same, L0), args.out)
+    lines = [f'p = {runs(table)["num_params"].iloc[0]:.6g}, {same["run"].nunique()} published seeds, L0 = {L0:.4g}',
+             '   x      loss  published        sd   off (sd)      ℓ  published  distance  (noise)']
+    for i, x in enumerate(result['x']):
+        r = {k: v[i] for k, v in result.items() if v.ndim == 1}
+        lines.append(f'{x:4.1f}  {r["loss"]:.5f}    {r["published"]:.5f}  {r["sd"]:.6f}      {r["off"]:+5.2f}  {r["normalised"]:.4f} '
+                     f'    {r["normalised_published"]:.4f}   {r["distance"]:+.4f} ({r["noise"]:.4f})')
+    command.report(args, result | {'L0': L0}, lines, notes + more)
+
+
+if __name__ == '__main__':
+    command.run(main)
