@@ -66,8 +66,8 @@ def main():
              '   x      loss  published        sd   off (sd)      ℓ  published  distance  (noise)']
     for i, x in enumerate(result['x']):
         r = {k: v[i] for k, v in result.items() if v.ndim == 1}
-        lines.append(f'{x:4.1f}  {r["loss"]:.5f}    {r["published"]:.5f}  {r["sd"]:.6f}      {r["off"]:+5.2f}  {r["normalised"]:.4f} '
-                     f'    {r["normalised_published"]:.4f}   {r["distance"]:+.4f} ({r["noise"]:.4f})')
+        lines.append(f'{x:4.1f}  {r["loss"]:.5f}    {r["published"]:.5f}  {r["sd"]:.6f}      {r["off"]:+5.2f}  '
+                     f'{r["normalised"]:.4f}     {r["normalised_published"]:.4f}   {r["distance"]:+.4f} ({r["noise"]:.4f})')
     command.report(args, result | {'L0': L0}, lines, notes + more)
 
 

@@ -60,8 +60,8 @@ def main():
         subprocess.run([sys.executable, ROOT / 'train.py', *wide, f'run_dir={folder}/wide-{devices}'], check=True,
                        capture_output=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)})
     one, two = (np.array(losses(folder / f'wide-{devices}')) for devices in (1, 2))
-    print(f'MLP, D = 384, B = 4096: largest relative difference of a test loss, two devices from one: {np.abs(two / one - 1).max():.1e}',
-          flush=True)
+    print('MLP, D = 384, B = 4096: largest relative difference of a test loss, two devices from one: '
+          f'{np.abs(two / one - 1).max():.1e}', flush=True)
     out = folder / 'stopped'
     codes = run(2, *work, f'run_dir={out}', 'checkpoint_minutes=0.001', stop=1)
     before = record.read_summary(out)
