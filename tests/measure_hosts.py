@@ -55,7 +55,8 @@ def main():
         far = {count: float(np.abs(found[count] / found[1] - 1).max()) for count in found}
         print(f'{name}: largest relative difference of a test loss from one process with one device, by processes: '
               f'{ {count: f"{x:.1e}" for count, x in far.items()} }', flush=True)
-    wide = ['-cn', 'mlp', 'model.N=5', 'model.D=384', 'opt.readout_lr_mult=1', 'T=81920', 'num_evals=8', 'wandb_mode=disabled']
+    wide = ['-cn', 'mlp', 'model.N=5', 'model.D=384', 'opt.lr=0.001', 'opt.readout_lr_mult=1', 'T=81920',
+            'num_evals=8', 'wandb_mode=disabled']
     for devices in (1, 2):  # 20 steps of a published run
         subprocess.run([sys.executable, ROOT / 'train.py', *wide, f'run_dir={folder}/wide-{devices}'], check=True,
                        capture_output=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)})
