@@ -30,7 +30,8 @@ def same_model(table, published):
 
 def compare(table, same, L0, x=AT):
     """{name: [K]} at normalised compute x: our loss (mean over seeds), the published mean and standard deviation over seeds
-    (ddof 1), our distance in those; the same of ℓ (eq. 1), its distance relative to the published mean."""
+    (ddof 1), our distance in those; the same of ℓ (eq. 1), its distance relative to the published mean. `each_seed` and
+    `each_distance` [S, K] are those of the S published seeds. Raises LogError if a log begins after the first x."""
     ours, theirs = collapse.curves(table, x), collapse.curves(same, x)
     if len(ours.x) < len(x) or len(theirs.x) < len(x):
         raise LogError(f'both logs must begin by x = {min(x):g}')

@@ -18,9 +18,9 @@ import checkpoint  # noqa: E402
 import record  # noqa: E402
 
 
-def run(count, *overrides, stop=None, **started):
+def run(count, *overrides, stop=None, devices=1):
     """Exit codes; `stop` is a process that gets a SIGTERM once a state is saved."""
-    processes = start(count, *overrides, **started)
+    processes = start(count, *overrides, devices=devices)
     if stop is not None:
         folder = Path(next(word.split('=')[1] for word in map(str, overrides) if word.startswith('run_dir=')))
         while not checkpoint.steps([folder]) and all(p.poll() is None for p in processes):
