@@ -19,7 +19,7 @@ setup: .venv/complete ## build .venv from requirements.lock (Python 3.11 or newe
 
 demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (about 5 minutes on 2 cores)
 	$(RUN) -m experiments.run experiments/demo.yaml
-	$(RUN) -m figures.collapse runs/demo --out runs/demo/collapse.png
+	$(RUN) -m figures collapse runs/demo --out runs/demo/collapse.png
 
 reproduce: .venv/complete ## train every laptop experiment (hours on 2 cores; goes on where it stopped), save the logs, draw the figures
 	$(RUN) -m experiments.package_text pandas

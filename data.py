@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import dataset
-import hosts
+from token_files import files as dataset
+from trainer import distributed as hosts
 
 BLOCK_BYTES = 1 << 25  # training data handed to the device at a time: large enough to hide the hand-over, small beside any model
 BLOCK_STEPS = 1024

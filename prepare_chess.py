@@ -37,8 +37,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-import prepare
-from chess_positions import Codes, replay
+from token_files import prepare
+from token_files.chess_positions import Codes, replay
 
 LICHESS = 'hf://datasets/Lichess/standard-chess-games/data/year=2025/month=01/train-{:05}-of-00072.parquet'
 COLUMNS = ['movetext', 'WhiteElo', 'BlackElo']

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import prepare
+from token_files import prepare
 
 IMAGE = (32, 32, 3)
 BYTES = 32 * 32 * 3

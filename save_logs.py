@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from figures import table as logs
+from analysis import table as logs
 
 ORDER = ['tag', 'num_params', 'schedule', 'decay_frac', 'T', 'seed', 'run']  # of the rows, so that saving is repeatable
 ATTEMPTS = 6  # at a request, 1 + 2 + 4 + 8 + 16 s apart: rate limits reset within a minute

@@ -25,15 +25,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-import checkpoint
-import config
 import data
-import dry_run
-import hosts
-import mirror
 import model as models
 import optimizer
-import record
+from trainer import checkpoint, config, dry_run
+from trainer import distributed as hosts
+from trainer import run_folder as record
+from trainer import wandb_logger as mirror
 
 STRETCH_SECONDS = 1.0  # the device runs alone this long: host costs vanish, the bar moves and a signal is answered
 PROBE_ENTRIES = 1 << 24  # features (or logits) kept between evaluations, for their change: 64 MB at most
@@ -219,9 +217,8 @@ def follow_ladder(run):
     """look(rows) -> what figures/watch.py says of a run so far, to be recorded; {} of a run that does not watch itself."""
     if not run.watch:
         return lambda rows: {}
-    from figures import watch  # SciPy and a ladder's fit: only a run that watches itself waits for them
 
-    return watch.follow(run.watch, run.derived.num_params, run.derived.compute)
+    return monitor.follow(run.watch, run.derived.num_params, run.derived.compute)
 
 
 def train_together(run, task, seeds, on_steps, look):

@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-import hosts
 import train
 from benchmarks import run
 from figures import style
+from trainer import distributed as hosts
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)     # at B = 4096
 BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)  # at D = 128

@@ -23,12 +23,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-import config
 import data
-import hosts
 import model as models
 import optimizer
 import train
+from trainer import config
+from trainer import distributed as hosts
 
 REPEATS = 5
 SECONDS = 1.5  # of device time a repeat

@@ -8,8 +8,6 @@ import argparse
 
 import numpy as np
 
-from figures import command, watch
-
 FAULTS = {  # fault: (log, condition)
     'learning rate × 2': ('logs/laptop_fault_lr.parquet', 'peak_lr=0.002'),
     'learning rate ÷ 2': ('logs/laptop_fault_lr.parquet', 'peak_lr=0.0005'),
@@ -22,8 +20,9 @@ REPEAT_FROM, REPEATED = 0.1, 0.005  # from this share of the horizon on, the las
 
 def train_repeated(widths=(32, 44), seeds=(0, 1, 2)):
     """Trains laptop models that from REPEAT_FROM on see one stretch of data again and again, in runs/laptop_fault_repeat."""
-    import data
     import hosts
+
+    import data
     import train
     from experiments import run as runner
 
@@ -60,10 +59,10 @@ def main():
         train_repeated()
         return
     print(f'{"runs":18} {"count":>5}  by x = 0.3  by the end  median x   looks like')
-    for row in watch.caught(args.ladder, FAULTS):
+    for row in monitor.caught(args.ladder, FAULTS):
         print(f'{row["runs"]:18} {row["count"]:5}  {row["by 0.3"]:9.0%}  {row["by the end"]:10.0%}  {row["median x"]:8.2f}'
               f'   {row["looks like"]}')
 
 
 if __name__ == '__main__':
-    command.run(main)
+    commands.run(main)

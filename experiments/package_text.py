@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-import prepare
+from token_files import prepare
 
 VOCABULARY = [chr(i) for i in range(128)]
 TEST = 400_000  # characters, a little more as files are whole

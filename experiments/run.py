@@ -19,11 +19,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-import config
 import data
-import hosts
-import record
 import train
+from trainer import config
+from trainer import distributed as hosts
+from trainer import run_folder as record
 
 
 class Point(NamedTuple):

@@ -1,1 +1,1 @@
-"""From saved logs to every figure: pure functions over one tidy table; no JAX, no training, no W&B."""
+"""Pictures, tables and commands on top of analysis/, and the notebooks."""

@@ -9,10 +9,10 @@ import hydra
 import numpy as np
 import pytest
 
-import config
 import train
+from trainer import config
 
-CONFIGS = Path(config.__file__).parent / 'configs'
+CONFIGS = Path(train.__file__).parent / 'configs'
 
 # Most of what the tests wait for is the compiler, and their programs run for milliseconds. One device, unless a test says
 # otherwise. Subprocesses inherit it.

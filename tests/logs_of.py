@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from figures import table as logs
+from analysis import table as logs
 
 
 def paper_log(name):
@@ -44,7 +44,7 @@ def power_law_table(rng, models=6, seeds=4, offset=2e-3, jitter=1e-3, L0=0.1, ex
 
 def law_points(rng, a=0.04, b=0.16, L0=0.0013, models=8, seeds=5, noise=3e-3, L0_share=None):
     """Compute-optimal points of the law L0 + a·(C/1e15)^(-b) with relative seed noise, as scaling_law.Points."""
-    from figures.scaling_law import Points
+    from analysis.scaling_law import Points
     compute = np.geomspace(1e15, 1e18, models)
     loss = L0 + a * (compute / 1e15) ** -b
     return Points(np.geomspace(1e6, 4e7, models), compute,

@@ -13,6 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
 import config  # noqa: E402
+
 import train  # noqa: E402
 
 

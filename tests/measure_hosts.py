@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from test_hosts import ROOT, losses, start  # noqa: E402
-
 import checkpoint  # noqa: E402
 import record  # noqa: E402
+from test_hosts import ROOT, losses, start  # noqa: E402
 
 
 def run(count, *overrides, stop=None, devices=1):

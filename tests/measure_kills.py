@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import config  # noqa: E402
 import hosts  # noqa: E402
 import record  # noqa: E402
+
 import train  # noqa: E402
 
 SECONDS = 0.8  # of training, at most, that a session is left before it is ended

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from figures import collapse, scaling_law
-from figures import table as logs
+from analysis import collapse, scaling_law
+from analysis import table as logs
 from tests.logs_of import paper_log, power_law_table
 
 
@@ -136,7 +136,7 @@ def test_one_model_one_seed_and_mixed_ladders():
 
 def command(*arguments, module='collapse'):
     environment = {k: v for k, v in os.environ.items()}
-    return subprocess.run([sys.executable, '-m', f'figures.{module}', *map(str, arguments)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, '-m', 'figures', module, *map(str, arguments)], capture_output=True, text=True,
                           env=environment)
 
 

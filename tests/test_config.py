@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-import config
+from trainer import config
 
 ROOT = Path(config.__file__).parent
 

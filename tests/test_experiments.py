@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-import config
 import train
 from experiments import run as runner
+from trainer import config
 
 FOLDER = Path(runner.__file__).parent
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoint
 import model as models
 import optimizer
-import record
 import train
+from trainer import checkpoint
+from trainer import run_folder as record
 
 OVERRIDES = ('opt.B=64', 'T=3840', 'num_evals=8', 'T_eval=128')  # 60 steps
 
@@ -282,7 +282,7 @@ def test_a_diverged_seed_stays_out_of_a_group_that_goes_on(small_mlp, tmp_path):
 
 def test_the_analysis_names_what_diverged_and_leaves_it_out(small_mlp, tmp_path):
     """Through the folder that training leaves, the analysis's own reader and its notes."""
-    from figures import table
+    from analysis import table
 
     for seed, end in ((0, 'finished'), (1, 'diverged')):
         one = record.Record(small_mlp(*OVERRIDES, f'seed={seed}', f'run_dir={tmp_path}/seed{seed}'), seed)

@@ -6,8 +6,9 @@ import warnings
 import numpy as np
 import pytest
 
-from figures import forecast, hierarchy, scaling_law
-from figures import table as logs
+from analysis import scaling_law
+from analysis import table as logs
+from analysis.beyond import forecast, ladder_field
 from tests.logs_of import paper_log, power_law_table, random_ladder
 from tests.test_collapse import command
 
@@ -15,7 +16,7 @@ from tests.test_collapse import command
 @pytest.fixture(scope='module')
 def ladder():
     """Six models over a factor 30 in p, four seeds, noise 0.1% of the loss; L0 is 0.1 of the largest model's 0.11."""
-    return hierarchy.gather(power_law_table(np.random.default_rng(0), offset=1e-3, jitter=3e-4), [0.3])
+    return ladder_field.gather(power_law_table(np.random.default_rng(0), offset=1e-3, jitter=3e-4), [0.3])
 
 
 def forecast_of(ladder, n, seen=0.0, **options):
@@ -50,7 +51,7 @@ def test_bands_hold_what_they_say():
     for seed in range(16):
         rng = np.random.default_rng(seed)
         table, _ = random_ladder(rng, models=rng.integers(5, 9))
-        ladder = hierarchy.gather(table)
+        ladder = ladder_field.gather(table)
         small, target, _, band = forecast_of(ladder, rng.integers(4, len(ladder.p)))
         for level, hits in inside.items():
             hits.append(((target.truth >= band[f'lo{level}']) & (target.truth <= band[f'hi{level}'])).mean())
@@ -93,7 +94,7 @@ def test_drift_of_the_curves_is_foreseen():
         size = np.log(table['num_params'] / table['num_params'].min())
         x = table['compute'] / table.groupby('run')['compute'].transform('max')
         table['test_loss'] = floor + (table['test_loss'] - floor) * np.exp(-0.02 * size * np.log(x))
-        full = hierarchy.gather(table)
+        full = ladder_field.gather(table)
         small, target = forecast.split(full, full.p[-1], full.p[4])
         at = np.argmin(np.abs(small.fine - 0.15))
         curves = (target.truth, forecast.bands(forecast.forecast(small, target).loss[:, 0])['mean'],
@@ -107,7 +108,7 @@ def test_bands_under_another_schedule_hold_the_spread_of_alpha(monkeypatch):
     """Draws that all agree, Tr Σ 0.4 of the reducible loss, α = 0.3 ± 0.05 from run to run: at the end, where the rate is off, they
     differ by 0.05·0.4 of it (to 2% by chance), and by nothing if there is one run only to know α from."""
     x, S = np.arange(1, 101) / 100, 2000
-    draws = hierarchy.Draws(np.ones(S), np.tile(1 + x ** -0.5, (S, 1, 1)))
+    draws = ladder_field.Draws(np.ones(S), np.tile(1 + x ** -0.5, (S, 1, 1)))
     monkeypatch.setattr(forecast.schedules, 'noise_share', lambda table, p, L0: np.full(S, 0.4))
     target = forecast.Target(1.0, 1.0, 1, None, None)
     for spread in (0.05, np.nan):
@@ -124,7 +125,7 @@ def test_errors_are_relative_to_what_can_be_learned():
 
 
 def test_targets_and_budgets(ladder):
-    small = hierarchy.choose(ladder, np.arange(6) < 5)
+    small = ladder_field.choose(ladder, np.arange(6) < 5)
     assert forecast.optimal_compute(small, ladder.p[-1]) == pytest.approx(ladder.compute[-1], rel=1e-6)  # t* = p exactly
     assert forecast.optimal_params(small, forecast.optimal_compute(small, 1e9)) == pytest.approx(1e9)
     rows = forecast.budgets(small)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from figures import horizon
-from figures import table as logs
+from analysis import horizon
+from analysis import table as logs
 from tests.logs_of import paper_log, power_law_table
 from tests.test_collapse import command
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import figures
-from figures import table as logs
+from analysis import table as logs
 from tests.logs_of import power_law_table
 from tests.test_schedules import planted as planted_schedules
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from figures import power_laws
-from figures import table as logs
+from analysis import power_laws
+from analysis import table as logs
 
 
 def test_two_terms_collapse_exactly_at_the_optimal_exponent_alone():

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import chess_positions
 import prepare_chess
+from token_files import chess_positions
 
 GAMES = 160
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from figures import reproduced, table
+from analysis import reproduced, table
 from tests.logs_of import paper_log, power_law_table
 
 

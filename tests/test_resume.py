@@ -3,8 +3,8 @@ import signal
 
 import pytest
 
-import record
 import train
+from trainer import run_folder as record
 
 
 class StopAt:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import save_logs
-from figures import table as logs
+from analysis import table as logs
 from tests.test_table import run_folder
 
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
-from figures import scaling_law as law
-from figures import table as logs
+from analysis import scaling_law as law
+from analysis import table as logs
 from tests.logs_of import law_points, paper_log
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from figures import command
-from figures import schedule_laws as laws
-from figures.table import LogError
+from analysis.beyond import schedule_laws as laws
+from analysis.table import LogError
 from tests.test_schedules import planted as planted_schedules
 
 PEAK = 3e-4
@@ -156,7 +155,7 @@ def test_command_on_a_folder_of_csv_files(tmp_path, monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, 'argv', ['schedule_laws', *map(str, arguments)])
-        command.run(laws.main)
+        commands.run(laws.main)
 
     call(tmp_path, '--fit', *FITTED, '--warmup', 500, '--json', '--out', tmp_path / 'figure.png')
     result = json.loads(capsys.readouterr().out)

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from figures import schedules
-from figures import table as logs
+from analysis import schedules
+from analysis import table as logs
 from tests.logs_of import paper_log
 from tests.test_collapse import command
 

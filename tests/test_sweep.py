@@ -5,8 +5,8 @@ import time
 import measure_sweep
 import pytest
 
-import mirror
-import record
+from trainer import run_folder as record
+from trainer import wandb_logger as mirror
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from figures import scaling_law
-from figures import table as logs
+from analysis import scaling_law
+from analysis import table as logs
 from tests.logs_of import paper_log, power_law_table
 
 

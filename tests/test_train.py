@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-import config
 import data
 import model as models
 import optimizer
-import record
 import train
+from trainer import config
+from trainer import run_folder as record
 
 
 def rows(folder):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import hosts
 import train
+from trainer import distributed as hosts
 
 ROOT = Path(train.__file__).parent
 # 40 steps on tokens.

@@ -1,14 +1,14 @@
 """A run of ours beside the published runs of the same model: does it lie where another of their seeds would?
 
-    python -m figures.reproduced logs/mlp_384.parquet logs/paper/mlp.pkl
+    python -m figures reproduced logs/mlp_384.parquet logs/paper/mlp.pkl
 
 Losses are compared at equal compute, as they are and normalised (eq. 1, with the L0 of the whole published ladder).
 """
 
 import numpy as np
 
-from figures import collapse, command, scaling_law
-from figures.table import LogError, clean, load, runs, select
+from analysis import collapse, scaling_law
+from analysis.table import LogError, runs, select
 
 AT = np.arange(1, 11) / 10
 
@@ -48,29 +48,3 @@ def evaluations(table, from_x=0.01):
     C = table[table['run'] == table['run'].iloc[0]]['compute'].to_numpy()
     x = C / C[-1]
     return x[x >= from_x]
-
-
-def main():
-    parse = command.parser(__doc__.splitlines()[0], 'reproduced')
-    parse.add_argument('published', metavar='PUBLISHED', help='the log to compare with, a whole ladder')
-    args = parse.parse_args()
-    table, notes, _ = command.read(args)
-    ladder, more, _ = clean(load(args.published))
-    points = scaling_law.optimal_points(ladder)
-    L0 = scaling_law.fit(points.compute, points.loss).L0
-    same = same_model(table, ladder)
-    result = compare(table, same, L0)
-    if args.out:
-        from figures import draw
-        command.save(lambda: draw.reproduced(table, same, L0), args.out)
-    lines = [f'p = {runs(table)["num_params"].iloc[0]:.6g}, {same["run"].nunique()} published seeds, L0 = {L0:.4g}',
-             '   x      loss  published        sd   off (sd)      ℓ  published  distance  (noise)']
-    for i, x in enumerate(result['x']):
-        r = {k: v[i] for k, v in result.items() if v.ndim == 1}
-        lines.append(f'{x:4.1f}  {r["loss"]:.5f}    {r["published"]:.5f}  {r["sd"]:.6f}      {r["off"]:+5.2f}  '
-                     f'{r["normalised"]:.4f}     {r["normalised_published"]:.4f}   {r["distance"]:+.4f} ({r["noise"]:.4f})')
-    command.report(args, result | {'L0': L0}, lines, notes + more)
-
-
-if __name__ == '__main__':
-    command.run(main)

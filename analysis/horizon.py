@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from figures import command
-from figures.scaling_law import interval
-from figures.table import PETA, LogError, require
+from analysis.scaling_law import interval
+from analysis.table import PETA, LogError, require
 
 POINTS_PER_DECADE = 40   # of the common grid of compute
 BANDWIDTH = 0.05         # decades of compute over which a loss curve is smoothed, small beside a model's reign (~0.3)
@@ -216,34 +215,3 @@ def fit(curves, draws=400, seed=0):
         scale_ci, exponent_ci = (interval(values) for values in np.transpose(fits))
     spread = drawn.std(0) if seeds > 1 else np.full(len(used), np.nan)
     return Horizon(scale, exponent, scale_ci, exponent_ci, r2, curves.p[used], np.exp(found), spread, seeds, staircase(curves))
-
-
-def main():
-    parse = command.parser(__doc__.splitlines()[0], 'horizon')
-    parse.add_argument('--min-compute', type=float, metavar='FLOPS', help='start of the range (default: all of the runs)')
-    parse.add_argument('--max-compute', type=float, metavar='FLOPS', help='end of the range')
-    args = parse.parse_args()
-    table, notes, copies = command.read(args)
-    table, more = constant_rate(table)
-    curves = smooth_curves(table, args.min_compute, args.max_compute)
-    result = fit(curves)
-    notes = notes + more
-    if result.seeds == 1:
-        notes.append('a model with one seed: its share of the seeds\' noise is missing from the intervals')
-    if result.exponent_ci is None:
-        notes.append('two tangent points: the line through them is exact and has no interval')
-    if args.out:
-        from figures import draw
-        command.save(lambda: draw.horizon(curves, result), args.out)
-    lines = [f'C* = (p / scale)^exponent · 1e15 FLOPs from {len(result.p)} tangent points of {len(curves.p)} models',
-             f'scale     {result.scale:.6g}{command.bracket(result.scale_ci)}',
-             f'exponent  {result.exponent:.4f}{command.bracket(result.exponent_ci)}   (data exponent γ = exponent - 1)',
-             f'R²        {result.r2:.5f}']
-    if result.staircase:
-        lines.append(f'the envelope\'s staircase, as in the paper: scale {result.staircase["scale"]:.6g}, '
-                     f'exponent {result.staircase["exponent"]:.4f}')
-    command.report(args, result._asdict() | {'level': 0.9, 'duplicates_dropped': copies}, lines, notes)
-
-
-if __name__ == '__main__':
-    command.run(main)

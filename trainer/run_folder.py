@@ -19,12 +19,11 @@ from pathlib import Path
 import jax
 import yaml
 
-import checkpoint
-import config
-import dataset
-import hosts
-import mirror
-from checkpoint import warn
+from token_files import files as dataset
+from trainer import checkpoint, config
+from trainer import distributed as hosts
+from trainer import wandb_logger as mirror
+from trainer.checkpoint import warn
 
 ENDED = ('finished', 'diverged', 'stopped')  # states of a run that is left alone
 SUMMED = ('wall_seconds', 'compile_seconds', 'train_seconds', 'eval_seconds')  # in the summary, over all sessions

@@ -12,25 +12,26 @@ import pandas as pd
 import pytest
 import yaml
 
-import config
-import record
 import train
-from figures import collapse, hierarchy, watch
-from figures import table as logs
+from analysis import collapse
+from analysis import table as logs
+from analysis.beyond import ladder_field
 from tests.logs_of import power_law_table, random_ladder
 from tests.test_collapse import command
+from trainer import config
+from trainer import run_folder as record
 
 
 @pytest.fixture(scope='module')
 def planted():
     """(Expected of the largest of six models, its runs [4, K]): a ladder without faults, noise 0.1% of the loss."""
     table = power_law_table(np.random.default_rng(0), offset=3e-4, jitter=1e-4)
-    ladder = hierarchy.gather(table)
-    return watch.expect(ladder, ladder.p[-1]), ladder.losses[-1]
+    ladder = ladder_field.gather(table)
+    return monitor.expect(ladder, ladder.p[-1]), ladder.losses[-1]
 
 
 def alarms(expected, losses):
-    return np.array([watch.read(expected, expected.x, loss).alarm for loss in losses])
+    return np.array([monitor.read(expected, expected.x, loss).alarm for loss in losses])
 
 
 def test_healthy_runs_are_left_alone():
@@ -38,11 +39,11 @@ def test_healthy_runs_are_left_alone():
     found = {'healthy': [], 'half worse': []}
     for seed in range(10):
         table, _ = random_ladder(np.random.default_rng(100 + seed), models=6, seeds=3)
-        ladder = hierarchy.gather(table)
-        expected = watch.expect(hierarchy.choose(ladder, slice(5)), ladder.p[-1])
+        ladder = ladder_field.gather(table)
+        expected = monitor.expect(ladder_field.choose(ladder, slice(5)), ladder.p[-1])
         for loss in ladder.losses[-1]:
-            found['healthy'].append(watch.first_alarm(watch.read(expected, expected.x, loss)))
-            found['half worse'].append(watch.first_alarm(watch.read(expected, expected.x, loss + 0.5 * expected.reducible)))
+            found['healthy'].append(monitor.first_alarm(monitor.read(expected, expected.x, loss)))
+            found['half worse'].append(monitor.first_alarm(monitor.read(expected, expected.x, loss + 0.5 * expected.reducible)))
     assert np.isfinite(found['healthy']).mean() < 0.1       # runs of one ladder fall together: ten events
     assert np.isfinite(found['half worse']).mean() > 0.8
 
@@ -61,28 +62,28 @@ def test_a_late_fault_is_named_by_its_onset(planted):
     expected, losses = planted
     late = 0.1 + (losses - 0.1) * (1 + 0.2 * np.maximum(np.log(expected.x / 0.3), 0))
     for loss in late:
-        reading = watch.read(expected, expected.x, loss)
-        assert 0.3 < reading.alarm <= 0.85 and (reading.surprise[reading.x <= 0.3] > watch.ALARM).all()
+        reading = monitor.read(expected, expected.x, loss)
+        assert 0.3 < reading.alarm <= 0.85 and (reading.surprise[reading.x <= 0.3] > monitor.ALARM).all()
         assert reading.looks_like[0][0].startswith('from x =') and reading.looks_like[0][1] > 0.5
 
 
 def test_the_residual_is_the_distance_to_the_ladder(planted):
     expected, _ = planted
-    reading = watch.read(expected, expected.x, expected.loss + 0.02 * expected.reducible)
+    reading = monitor.read(expected, expected.x, expected.loss + 0.02 * expected.reducible)
     np.testing.assert_allclose(reading.residual, 0.02, rtol=1e-9)
-    np.testing.assert_allclose(watch.read(expected, expected.x, expected.loss).surprise, 1)
+    np.testing.assert_allclose(monitor.read(expected, expected.x, expected.loss).surprise, 1)
 
 
 def test_surprises_are_as_rare_as_they_say():
     """Healthy residuals whose noise is known from six differences: a surprise of 1% in 0.3 to 1.5% of 2,000 (two tests at half the
     level, correlated; the standard error is 0.2%). With χ² tests it would be a tenth of them."""
-    rng, x = np.random.default_rng(0), hierarchy.KNOTS
-    ones, covariance = np.ones(len(x)), 1e-6 * (np.eye(len(x)) + 3 * hierarchy.along(x)[1])
+    rng, x = np.random.default_rng(0), ladder_field.KNOTS
+    ones, covariance = np.ones(len(x)), 1e-6 * (np.eye(len(x)) + 3 * ladder_field.along(x)[1])
     factor, surprise = np.linalg.cholesky(covariance), []
     for _ in range(2000):
         estimate = covariance * rng.chisquare(6) / 6
-        expected = watch.Expected(x, ones, ones, ones, ones, estimate, estimate, 1.0, freedom=6)
-        surprise.append(watch.read(expected, x, 1 + factor @ rng.normal(size=len(x))).surprise[[2, -1]])
+        expected = monitor.Expected(x, ones, ones, ones, ones, estimate, estimate, 1.0, freedom=6)
+        surprise.append(monitor.read(expected, x, 1 + factor @ rng.normal(size=len(x))).surprise[[2, -1]])
     for rare in (np.array(surprise) < 0.01).mean(0):
         assert 0.003 <= rare <= 0.015, rare
 
@@ -93,15 +94,15 @@ def test_the_level_keeps_its_promise(monkeypatch):
     rng, two = np.random.default_rng(0), np.array([0.5, 1.0])
 
     def readings(power):
-        return lambda table, ladder: [watch.Reading(two, two, np.full(2, rng.random() ** power), np.nan, []) for _ in table['run']]
+        return lambda table, ladder: [monitor.Reading(two, two, np.full(2, rng.random() ** power), np.nan, []) for _ in table['run']]
 
     table = pd.DataFrame({'run': np.arange(39)})
     monkeypatch.setattr(watch, 'readings', readings(3))
-    alarmed = [rng.random() ** 3 < watch.level(table, None) for _ in range(2000)]
-    assert np.mean(alarmed) == pytest.approx(watch.FALSE, abs=0.015)
-    assert watch.level(table[:10], None) == watch.ALARM
+    alarmed = [rng.random() ** 3 < monitor.level(table, None) for _ in range(2000)]
+    assert np.mean(alarmed) == pytest.approx(monitor.FALSE, abs=0.015)
+    assert monitor.level(table[:10], None) == monitor.ALARM
     monkeypatch.setattr(watch, 'readings', readings(0.2))
-    assert watch.level(table, None) == watch.FALSE
+    assert monitor.level(table, None) == monitor.FALSE
 
 
 def test_a_run_of_the_ladder_does_not_vouch_for_itself():
@@ -110,10 +111,10 @@ def test_a_run_of_the_ladder_does_not_vouch_for_itself():
     table = power_law_table(np.random.default_rng(0), models=4, seeds=3, offset=1e-3, jitter=3e-4, evals=40)
     bad = table['run'] == 'D128-s0'
     table.loc[bad, 'test_loss'] += 0.2 * (table.loc[bad, 'test_loss'] - 0.1)
-    found = [watch.first_alarm(one) for one in watch.readings(table, hierarchy.gather(table))]
+    found = [monitor.first_alarm(one) for one in monitor.readings(table, ladder_field.gather(table))]
     assert [run for run, x in zip(table['run'].unique(), found, strict=True) if np.isfinite(x)] == ['D128-s0']
     three = power_law_table(np.random.default_rng(0), models=3, seeds=1, evals=40)
-    assert watch.level(three, hierarchy.gather(three)) == watch.ALARM
+    assert monitor.level(three, ladder_field.gather(three)) == monitor.ALARM
 
 
 def test_a_folder_that_grows(tmp_path):
@@ -139,8 +140,8 @@ def test_a_folder_that_grows(tmp_path):
     worse = run.assign(test_loss=run['test_loss'] * np.where(run['tokens'] > 0.3 * run['tokens'].max(), 1.05, 1))
     rows = [json.dumps({k: float(row[k]) for k in ('step', 'tokens', 'compute', 'test_loss')}) for _, row in worse.iterrows()]
     (folder / 'history.jsonl').write_text('\n'.join(rows) + '\n')
-    done = command(folder, *look, '--out', tmp_path / 'watch.png', '--every', 1, module='watch')
-    assert 'ALARM' in done.stdout and 'from x' in done.stdout and (tmp_path / 'watch.png').stat().st_size > 10_000
+    done = command(folder, *look, '--out', tmp_path / 'monitor.png', '--every', 1, module='watch')
+    assert 'ALARM' in done.stdout and 'from x' in done.stdout and (tmp_path / 'monitor.png').stat().st_size > 10_000
     missing = command(tmp_path / 'nothing', *look, module='watch')
     assert missing.returncode == 2 and missing.stderr.count('\n') == 1 and 'neither' in missing.stderr
 
@@ -174,7 +175,7 @@ def test_a_wandb_run_that_grows(loopback, tmp_path):
         training = subprocess.Popen([sys.executable, '-c', TRAIN, 'rows.json', str((~late).sum()), 'go'], cwd=tmp_path,
                                     stdin=(tmp_path / 'config.json').open(), **started)
         wait_for(lambda: server.runs and len(server.runs['e/p/grows'].history) >= (~late).sum(), training)
-        watching = subprocess.Popen([sys.executable, '-m', 'figures.watch', 'e/p/grows', '--against', tmp_path / 'ladder.parquet',
+        watching = subprocess.Popen([sys.executable, '-m', 'figures', 'watch', 'e/p/grows', '--against', tmp_path / 'ladder.parquet',
                                      '--every', '1'], cwd=Path(watch.__file__).parent.parent, stdout=subprocess.PIPE, **started)
         shown = [next(line for line in watching.stdout if line in ('on track\n', 'ALARM'))]
         (tmp_path / 'go').touch()
@@ -196,12 +197,11 @@ def test_a_curve_is_drawn_where_it_was_evaluated(tmp_path):
     """A run on its ladder exactly, evaluated from x = 0.1 on only: the line of the picture lies on the ladder's."""
     import matplotlib
     matplotlib.use('Agg')
-    from figures import draw
     table = power_law_table(np.random.default_rng(0), seeds=3)
-    expected = watch.expect(hierarchy.gather(table), table['num_params'].max())
+    expected = monitor.expect(ladder_field.gather(table), table['num_params'].max())
     late = expected.x >= 0.1
-    reading = watch.read(expected, expected.x[late], expected.loss[late])
-    figure = draw.watch({'expected': expected, 'x': reading.x, 'residual': reading.residual, 'now': 1.0, 'forecast': 0.2,
+    reading = monitor.read(expected, expected.x[late], expected.loss[late])
+    figure = panels.watch({'expected': expected, 'x': reading.x, 'residual': reading.residual, 'now': 1.0, 'forecast': 0.2,
                          'forecast_hi90': 0.21, 'alarm': np.nan, 'looks_like': []})
     own, = [line for line in figure.axes[0].lines if line.get_label() == 'this run']
     np.testing.assert_allclose(own.get_ydata(), expected.loss[late], rtol=1e-9)
@@ -209,12 +209,12 @@ def test_a_curve_is_drawn_where_it_was_evaluated(tmp_path):
 
 def test_what_in_the_configuration_differs_is_said():
     table = power_law_table(np.random.default_rng(0), seeds=1)
-    expected = watch.expect(hierarchy.gather(table), table['num_params'].max())
+    expected = monitor.expect(ladder_field.gather(table), table['num_params'].max())
     run = table[table['num_params'] == table['num_params'].max()]
     own = run.assign(match_mup_at_D=32.0, peak_lr=2e-3)
-    found = watch.differences(own, table, run['compute'].max(), expected)
+    found = monitor.differences(own, table, run['compute'].max(), expected)
     assert found == ["peak_lr is 0.002, the ladder's 0.001", "match_mup_at_D is 32, the ladder's log names none"]
-    assert not watch.differences(run, table, run['compute'].max(), expected)
+    assert not monitor.differences(run, table, run['compute'].max(), expected)
 
 
 def test_what_train_records_is_what_the_command_shows(tmp_path):
@@ -224,11 +224,11 @@ def test_what_train_records_is_what_the_command_shows(tmp_path):
     share = (run['compute'] / run['compute'].max()).to_numpy()
     part = run[:np.searchsorted(share, 0.4) + 1]                    # up to the first evaluation at or after x = 0.4
     end = float(run['compute'].iloc[-1])
-    look = watch.follow(tmp_path / 'ladder.parquet', run['num_params'].iloc[0], end)
+    look = monitor.follow(tmp_path / 'ladder.parquet', run['num_params'].iloc[0], end)
     rows = part[['compute', 'test_loss']].to_dict('records')
     numbers = look(rows)
     assert look(rows[:-1]) == {}                                    # nothing new to judge since x = 0.3
-    shown = watch.analyse(part.assign(T=run['tokens'].max()), logs.clean(table)[0])
+    shown = monitor.analyse(part.assign(T=run['tokens'].max()), logs.clean(table)[0])
     assert numbers['residual'] == shown['residual'][-1] and numbers['forecast'] == shown['forecast']
     curves = collapse.curves(table)
     assert abs(numbers['forecast'] / curves.loss[curves.model == 5, -1].mean() - 1) < 0.02

@@ -1,10 +1,10 @@
 """Foresee a run before it is trained: a larger model's whole loss curve from a ladder of smaller ones, with intervals.
 
-    python -m figures.forecast LOG --target D=2048 [--max-width 1024] [--seen 0.3]
-    python -m figures.forecast LOG --target each [--seen 0.3]            every larger model from every set of smaller ones
-    python -m figures.forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
+    python -m figures forecast LOG --target D=2048 [--max-width 1024] [--seen 0.3]
+    python -m figures forecast LOG --target each [--seen 0.3]            every larger model from every set of smaller ones
+    python -m figures forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
 
-The model is hierarchy.py's; here are targets, budgets, baselines and errors. Errors are relative to the reducible loss L - L0 of
+The model is ladder_field.py's; here are targets, budgets, baselines and errors. Errors are relative to the reducible loss L - L0 of
 the truth, with the L0 of the law fitted to the *whole* log, target included: a forecast's own L0 does not flatter it.
 """
 
@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from figures import command, hierarchy, scaling_law, schedules
-from figures.table import LogError, clean, load, require, runs, where
+from analysis import scaling_law, schedules
+from analysis.beyond import ladder_field
+from analysis.table import LogError, require, runs
 
 FROM = 0.1                        # errors are taken over FROM <= x <= 1
 BUDGETS = (1, 2, 5, 10, 30, 100)  # times the largest compute of the ladder
@@ -64,7 +65,7 @@ def split(ladder, p, most=np.inf, seen=0.0, tokens=None):
     below = (ladder.p < p * 0.999) & (ladder.p <= most)
     if below.sum() < 3:
         raise LogError(f'{below.sum()} models are smaller than the target with {p:.4g} parameters; a forecast needs at least three')
-    small = hierarchy.choose(ladder, below)
+    small = ladder_field.choose(ladder, below)
     at = np.flatnonzero(np.isclose(ladder.p, p, rtol=1e-3))
     if not len(at):
         if seen:
@@ -78,16 +79,16 @@ def split(ladder, p, most=np.inf, seen=0.0, tokens=None):
 
 
 def forecast(ladder, target, seed=0):
-    """Posterior curves of the target, mean of target.seeds runs, as hierarchy.Draws with T = 1."""
+    """Posterior curves of the target, mean of target.seeds runs, as ladder_field.Draws with T = 1."""
     early = None if target.seen is None else target.seen[None]
     return posterior(ladder, [target.compute], early, target.seeds, seed)
 
 
 def posterior(ladder, compute, losses=None, seeds=1, seed=0, scales=None):
-    """Draws for targets at compute [T] FLOPs, see hierarchy.field; `scales` [S, 6] if they have been sampled already."""
+    """Draws for targets at compute [T] FLOPs, see ladder_field.field; `scales` [S, 6] if they have been sampled already."""
     rng = np.random.default_rng(seed)
-    field = hierarchy.field(ladder, np.asarray(compute, float), losses, seeds)
-    return hierarchy.draw(field, rng, hierarchy.sample(field, rng) if scales is None else scales)
+    field = ladder_field.field(ladder, np.asarray(compute, float), losses, seeds)
+    return ladder_field.draw(field, rng, ladder_field.sample(field, rng) if scales is None else scales)
 
 
 def bands(loss):
@@ -133,7 +134,7 @@ def judge(x, band, curves, truth, L0, seen=0.0):
 
 def leave_out(table, seens=(0.0,), fewest=4):
     """Every split of a log: the widths up to each, from the `fewest` smallest on, forecast every larger one. A dict each."""
-    ladder, rows = hierarchy.gather(table, [x for x in seens if x]), []
+    ladder, rows = ladder_field.gather(table, [x for x in seens if x]), []
     L0 = whole_L0(ladder)
     for n in range(fewest, len(ladder.p)):
         for p in ladder.p[n:]:
@@ -167,7 +168,7 @@ def reschedule(table, target, draws, fine, name, alpha, spread, times=1.0):
 def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, schedule=None, pairs=None):
     """The forecast of one target as a dict, and notes; see --help for the meaning of the arguments."""
     p = params_of(table, wanted)
-    ladder = hierarchy.gather(table, [seen] if seen else [])
+    ladder = ladder_field.gather(table, [seen] if seen else [])
     most = np.inf
     if max_width is not None:
         require(table, ['D'], '--max-width')
@@ -191,7 +192,7 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
                      'gives its size; the forecast is for a compute-optimal run of that compute')
     if all(len(L) == 1 for L in small.losses):
         notes.append('one seed a model: the size of the noise is inferred from the scatter among models')
-    if not np.isclose(ladder.x[0], hierarchy.KNOTS[0]):
+    if not np.isclose(ladder.x[0], ladder_field.KNOTS[0]):
         notes.append(f'the curves have no data below x = {ladder.x[0]:g}; the forecast starts there')
     result = {'x': small.fine, **band, 'final': float(band['mean'][-1]),
               'final_90': [float(band['lo90'][-1]), float(band['hi90'][-1])], 'num_params': p, 'compute': target.compute,
@@ -203,74 +204,3 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
     if target.truth is not None:
         result['error'] = judge(small.fine, band, curves, target.truth, whole_L0(ladder), seen)
     return result, notes
-
-
-def main():
-    parse = command.parser(__doc__.splitlines()[0], 'forecast')
-    parse.add_argument('--target', required=True, metavar='p=…|D=…|each',
-                       help='the model to forecast: its parameters or its width; or each of the log from all that are smaller')
-    parse.add_argument('--horizon', type=float, metavar='TOKENS', help='its tokens (default: by the ladder\'s rule)')
-    parse.add_argument('--seen', type=float, default=0.0, metavar='X', help='read the target\'s own first part, up to x = X, too')
-    parse.add_argument('--rate', type=float, metavar='FLOP/S', help='of your machine in training, for the hours')
-    parse.add_argument('--schedule', choices=schedules.RATES, help='of the target, the ladder being at a constant rate')
-    parse.add_argument('--pairs', metavar='LOG', help='small models under constant and decaying rates, for the α of --schedule')
-    args = parse.parse_args()
-    if bool(args.schedule) != bool(args.pairs):
-        raise LogError('--schedule and --pairs go together: α is fitted to runs under both kinds of rate')
-    table = load(args.log)
-    for condition in args.where:
-        table = where(table, condition)
-    table, notes, copies = clean(table)
-    if args.min_width:
-        require(table, ['D'], '--min-width')
-        table = table[table['D'] >= args.min_width]
-    if not 0 <= args.seen < 1:
-        raise LogError(f'--seen {args.seen:g} must lie between 0 and 1')
-    if args.target == 'each':
-        beside = [name for name in ('max_width', 'horizon', 'rate', 'schedule', 'out') if getattr(args, name) is not None]
-        if beside:
-            raise LogError(f'--target each forecasts every model from the smaller ones; leave out --{beside[0].replace("_", "-")}')
-        rows = leave_out(table, (args.seen,), fewest=3 if table['num_params'].nunique() < 6 else 5)
-        return command.report(args, {'splits': rows}, split_lines(rows), notes)
-    result, more = analyse(table, args.target, args.max_width, args.seen, args.horizon, args.rate, args.schedule,
-                           clean(load(args.pairs))[0] if args.pairs else None)
-    if args.out:
-        from figures import draw
-        command.save(lambda: draw.forecast(table, result), args.out)
-    command.report(args, result | {'duplicates_dropped': copies}, lines(result), notes + more)
-
-
-def split_lines(rows):
-    """leave_out for people."""
-    out = ['models  p of target  compute   median   worst   final power law  in the 90% band']
-    keys = ('reducible_median', 'reducible_worst', 'final', 'baseline_final', 'covered90')
-    shape = ' {:7.2%} {:7.2%} {:7.2%} {:9.2%}  {:.0%}'
-    for row in rows:
-        out.append(f'{row["models"]:6} {row["p"]:12.4g} × {row["times_compute"]:6.3g}' + shape.format(*(row[k] for k in keys)))
-    return [*out, f'{"mean":28}' + shape.format(*(np.mean([row[k] for row in rows]) for k in keys))]
-
-
-def lines(result):
-    """The forecast for people."""
-    at = [int(np.argmin(np.abs(result['x'] - x))) for x in (0.1, 0.3, 0.5, 1)]
-    hours = f', {result["hours"]:.3g} hours' if result['hours'] else ''
-    out = [f'{len(result["ladder"])} models up to p = {result["ladder"][-1]:.4g} forecast p = {result["num_params"]:.4g}: '
-           f'{result["compute"]:.4g} FLOPs ({result["times_compute"]:.3g} times the largest), {result["tokens"]:.4g} tokens{hours}',
-           f'L0 {result["L0"]:.4g}{command.bracket(result["L0_90"])}; bands are for the mean of {result["seeds"]} run(s)',
-           f'{"x":>5} {"loss":>9}   50%                   90%']
-    out += [f'{result["x"][i]:5.2f} {result["mean"][i]:9.5f}   [{result["lo50"][i]:.5f}, {result["hi50"][i]:.5f}]   '
-            f'[{result["lo90"][i]:.5f}, {result["hi90"][i]:.5f}]' for i in at]
-    out.append('what compute buys (compute-optimal, times the largest of the ladder):')
-    out += [f'{row["times"]:5g} × {row["mean"]:9.5f}   [{row["lo90"]:.5f}, {row["hi90"]:.5f}]   p = {row["p"]:.4g}'
-            for row in result['budgets']]
-    if result['error']:
-        e = result['error']
-        out.append(f'error relative to L - L0 (L0 = {e["L0"]:.4g}, of the whole log), {FROM} <= x <= 1:  median   worst    final')
-        for name, row in {'forecast': e, **e['baselines']}.items():
-            out.append(f'  {name:16} {" ":40} {row["reducible_median"]:8.2%} {row["reducible_worst"]:7.2%} {row["final"]:8.2%}')
-        out.append(f'the 90% band holds {e["covered90"]:.0%} of the curve')
-    return out
-
-
-if __name__ == '__main__':
-    command.run(main)

@@ -44,4 +44,4 @@ if [[ ! -e $dir/meta.json ]]; then
     echo "$meta" >"$dir/meta.json.part"
     mv "$dir/meta.json.part" "$dir/meta.json"
 fi
-"$python" "$here/dataset.py" "$dir"
+"$python" -m token_files "$dir"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from figures import command, scaling_law
-from figures.scaling_law import interval
-from figures.table import LogError, require, runs
+from analysis import scaling_law
+from analysis.scaling_law import interval
+from analysis.table import LogError, require, runs
 
 GRID = np.arange(1, 101) / 100  # normalised compute x
 
@@ -301,49 +301,3 @@ def _onset_interval(draws):
     ordered = np.sort(np.where(np.isnan(draws), np.inf, draws))
     return [float(ordered[int(round(q * (len(ordered) - 1)))]) for q in ((1 - scaling_law.LEVEL) / 2,
                                                                          (1 + scaling_law.LEVEL) / 2)]
-
-
-def main():
-    parse = command.parser(__doc__.splitlines()[0], 'collapse')
-    parse.add_argument('--L0', type=float, metavar='X', help='hold the irreducible loss instead of fitting it')
-    parse.add_argument('--ddof', type=int, default=0, choices=(0, 1), help='of every variance over seeds (default 0)')
-    parse.add_argument('--keep-duplicates', action='store_true', help='count runs that are in the log twice twice')
-    args = parse.parse_args()
-    table, notes, copies = command.read(args, args.keep_duplicates)
-    result, more = analyse(table, args.L0, args.ddof)
-    widths = sorted(int(D) for D in runs(table)['D'].dropna().unique()) if 'D' in table else None
-    result |= {'duplicates_dropped': copies, 'widths': widths}
-    if args.out:
-        from figures import draw
-        command.save(lambda: draw.collapse(table, result), args.out)
-    fit, at = result['fit'], [int(np.argmin(np.abs(result['x'] - x))) for x in (0.5, 0.9)]
-    lines = [f'{len(result["num_params"])} models, {min(result["seeds_per_model"])} to {max(result["seeds_per_model"])} seeds; '
-             f'L = L0 + a·(C/1e15)^(-b):',
-             *(f'  {k:3} {fit[k]:.5g}{command.bracket(fit[f"{k}_ci"])}' for k in ('a', 'b', 'L0')),
-             *(f'x = {result["x"][i]:.2f}: Δ {result["delta"][i]:.5f} (between models {result["between"][i]:.5f}, within '
-               f'{result["within"][i]:.5f}), σ {result["sigma"][i]:.5f}' for i in at),
-             *(('Δ < σ averaged over models ' + _from(result['supercollapse_from'], result['supercollapse_from_ci']),
-                'Δ < σ of every model       ' + _from(result['supercollapse_from_every_model'],
-                                                      result['supercollapse_from_every_model_ci']))
-               if min(result['seeds_per_model']) > 1 and len(result['num_params']) > 1 else
-               ('Δ < σ: cannot be told without two models of two seeds',))]
-    if result['L0_sensitivity']:
-        by = result['L0_sensitivity']
-        each = zip(by['L0'], by['supercollapse_from'], strict=True)
-        lines.append('with L0 ' + ', '.join(f'{L:.4g}: {_from(x)}' for L, x in each))
-    worst, odd = result['worst_model'], result['worst_run']
-    lines += [f'departing most: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
-              f'of its model, run {odd["run"]} ({odd["departure"]:.2%})']
-    command.report(args, result, lines, notes + more)
-
-
-def _from(x, ci=None):
-    if not np.isfinite(x):
-        return 'never'
-    if ci is None:
-        return f'from x = {x:.2f}'
-    return f'from x = {x:.2f}  [{", ".join(f"{c:.2f}" if np.isfinite(c) else "never" for c in ci)}]'
-
-
-if __name__ == '__main__':
-    command.run(main)

@@ -7,12 +7,12 @@ import sys
 
 import numpy as np
 
-from figures import table as logs
+from analysis import table as logs
 
 
 def parser(doc, name, figure=True):
     """An argument parser with what every command takes: LOG, --where, widths, --json and, if it draws, --out."""
-    parse = argparse.ArgumentParser(prog=f'python -m figures.{name}', description=doc)
+    parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=doc)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
                        help='keep only these runs, e.g. --where schedule=linear (may be given again)')
@@ -58,15 +58,6 @@ def save(draw, path):
     with style.theme():
         style.save(draw(), path)
     print(f'figure: {path}', file=sys.stderr)
-
-
-def run(main):
-    """Run a command's main(), turning a LogError into one line on stderr and exit status 2."""
-    try:
-        main()
-    except logs.LogError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 def report(args, result, lines, notes):

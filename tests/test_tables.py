@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 
-from figures import collapse, measured
-from figures import table as logs
+from analysis import collapse
+from analysis import table as logs
 from tests.logs_of import power_law_table
 from tests.test_schedules import planted as planted_schedules
 
@@ -17,7 +17,7 @@ def test_each_kind_of_log_has_its_row(tmp_path, monkeypatch, capsys):
     for name, table in planted.items():
         logs.write_parquet(table, tmp_path / f'{name}.parquet', source='planted')
     monkeypatch.setattr(sys, 'argv', ['measured', *(str(tmp_path / f'{name}.parquet') for name in planted)])
-    measured.main()
+    tables.main()
     horizon, ladders, schedules = ([[cell.strip() for cell in line.split('|')[1:-1]] for line in block.splitlines()]
                                    for block in capsys.readouterr().out.strip().split('\n\n'))
     assert [row[0] for row in horizon[2:]] == ['steady']
@@ -36,6 +36,6 @@ def test_what_cannot_be_told_is_named(tmp_path, monkeypatch, capsys):
     table = power_law_table(np.random.default_rng(0), models=2, past=10.0, schedule='const', evals=60)
     logs.write_parquet(table, tmp_path / 'two.parquet', source='planted')
     monkeypatch.setattr(sys, 'argv', ['measured', str(tmp_path / 'two.parquet')])
-    measured.main()
+    tables.main()
     said = capsys.readouterr()
     assert said.out.strip() == '' and 'two: the horizon needs' in said.err

@@ -23,10 +23,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares, nnls
 
-from figures import command
-from figures import table as logs
-from figures.scaling_law import DELTA
-from figures.table import LogError, require, runs
+from analysis import table as logs
+from analysis.scaling_law import DELTA
+from analysis.table import LogError, require, runs
 
 PIECES = 8          # at most: cells of constant rate between two evaluations
 CELLS = 1600        # of them in a curve, or so
@@ -263,38 +262,3 @@ def from_table(table, skip=0.05):
         name = end['schedule'] + share + horizon
         curves[name] = make_curve(name, rows['step'], rows['lr'], rows['test_loss'])
     return curves
-
-
-def main():
-    parse = command.parser(__doc__.splitlines()[0], 'schedule_laws')
-    parse.add_argument('--fit', nargs='+', metavar='CURVE', help='the curves to fit, two or three; the others are predicted')
-    parse.add_argument('--warmup', type=float, metavar='STEPS', help='steps of linear warm-up before the curves of a .csv begin')
-    parse.add_argument('--without', type=float, metavar='STEP', help='an evaluation of a .csv to leave out (as published: 24000)')
-    args = parse.parse_args()
-    notes = []
-    if args.log.endswith('.csv') or any(Path(args.log).glob('*.csv')):
-        curves = read_csv(args.log, args.warmup, args.without)
-    else:
-        table, notes, _ = command.read(args)
-        curves = from_table(table)
-    if not args.fit or len(args.fit) < 2:
-        raise LogError(f'--fit: name two or three curves of {", ".join(curves)}')
-    fits, rows, means = compare(curves, args.fit)
-    if fits[1].objective > 300 * fits[2].objective:
-        notes.append(f'the {fits[1].law.name} has stopped far from a fit: its step sizes are made for losses of a few nats')
-    if args.out:
-        from figures import draw
-        command.save(lambda: draw.schedule_laws(curves, fits[:2], args.fit), args.out)
-    lines = [f'{one.law.name}: ' + ', '.join(f'{name} {value:.4g}' for name, value in zip(one.law.names, one.values, strict=True))
-             for one in fits]
-    lines += [f'fitted on {", ".join(args.fit)}; the unseen curves, errors in units of the loss:',
-              f'{"curve":22} {"law":30} {"R²":>8} {"MAE":>9} {"RMSE":>9} {"worst rel.":>10}']
-    lines += ['{curve:22} {law:30} {r2:8.4f} {mae:9.5f} {rmse:9.5f} {worst:10.5f}'.format(**row) for row in
-              sorted(rows, key=lambda row: row['curve']) + means.assign(curve='MEAN').reset_index().to_dict('records')]
-    values = {one.law.name: dict(zip(one.law.names, one.values, strict=True)) | {'objective': one.objective} for one in fits}
-    result = {'fitted': args.fit, 'unseen': rows, 'mean': means.to_dict('index'), 'laws': values}
-    command.report(args, result, lines, notes)
-
-
-if __name__ == '__main__':
-    command.run(main)

@@ -1,6 +1,6 @@
 """Watch a run against its ladder while it trains: the collapse residual and its band, an alarm and its likely cause, the end.
 
-    python -m figures.watch runs/tag/name --against logs/laptop_mlp.parquet          (or a W&B run: entity/project/id)
+    python -m figures watch runs/tag/name --against logs/laptop_mlp.parquet          (or a W&B run: entity/project/id)
 
 The residual is (L(x) - L̂(x)) / (L̂(x) - L0), with L̂ the ladder's forecast of this run's curve. Its covariance over x, of one run,
 is the forecast's own: so the surprise of a whole residual so far is a χ² test of its height and one of its shape, and a residual
@@ -8,17 +8,16 @@ that stays in a wide band but has the wrong shape is found out too. The forecast
 measures what is caught.
 """
 
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import fdtrc
 
-from figures import command, forecast, hierarchy, scaling_law
-from figures import table as logs
-from figures.table import LogError
+from analysis import scaling_law
+from analysis import table as logs
+from analysis.beyond import forecast, ladder_field
+from analysis.table import LogError
 
 ALARM = 0.01  # surprise below which two points in a row alarm, where the ladder has too few runs to say (see `level`)
 FALSE = 0.05  # healthy runs that may be alarmed; also the largest level
@@ -59,7 +58,7 @@ def expect(ladder, p, seed=0, scales=None):
     reducible = median - np.median(draws.L0)
     away = (loss - median) / reducible
     low, high = np.quantile(away, [0.05, 0.95], axis=0)
-    own = hierarchy.noise_covariance(ladder, np.median(draws.L0), x)
+    own = ladder_field.noise_covariance(ladder, np.median(draws.L0), x)
     freedom = max(len(ladder.p), sum(len(L) - 1 for L in ladder.losses))
     return Expected(x, median, reducible, low, high, np.cov(away.T), own, compute, freedom)
 
@@ -182,7 +181,7 @@ def follow(log, p, compute):
     rows are {'compute', 'test_loss'} so far; look returns the numbers to record when the last row has passed a point where
     residuals are judged, else {}.
     """
-    expected = expect(hierarchy.gather(logs.clean(logs.load(log))[0]), p)
+    expected = expect(ladder_field.gather(logs.clean(logs.load(log))[0]), p)
 
     def look(rows):
         x = np.array([row['compute'] for row in rows]) / compute
@@ -200,7 +199,7 @@ def analyse(table, ladder_table, tokens=None, alarm=None):
     """Everything about a run so far as a dict; `alarm` is the level of an alarm if it is known already."""
     logs.require(table, ['num_params', 'compute', 'test_loss'], 'watching a run')
     p = float(table['num_params'].iloc[-1])
-    ladder = hierarchy.gather(ladder_table)
+    ladder = ladder_field.gather(ladder_table)
     expected = expect(ladder, p)
     alarm = level(ladder_table, ladder) if alarm is None else alarm
     compute = 6 * p * tokens if tokens else horizon(table)
@@ -226,7 +225,7 @@ def readings(table, ladder):
     the sample will do). A run without which fewer than three models are left has no Reading.
     """
     found, expected, ends = [], {}, scaling_law.horizon_of(table)
-    scales = hierarchy.sample(hierarchy.field(ladder, ladder.compute[-1:]), np.random.default_rng(0))[::2]
+    scales = ladder_field.sample(ladder_field.field(ladder, ladder.compute[-1:]), np.random.default_rng(0))[::2]
     for run, rows in table[table['compute'] > 0].groupby('run', sort=False):
         p = rows['num_params'].iloc[0]
         among = next(iter(np.flatnonzero(ladder.p == p)), None)
@@ -249,7 +248,7 @@ def without(ladder, model, runs):
     """
     rest = ladder.losses[model][~runs]
     if not len(rest):
-        return hierarchy.choose(ladder, np.arange(len(ladder.p)) != model)
+        return ladder_field.choose(ladder, np.arange(len(ladder.p)) != model)
     return ladder._replace(losses=[*ladder.losses[:model], rest, *ladder.losses[model + 1:]])
 
 
@@ -284,7 +283,7 @@ def caught(ladder_log, faults):
     The healthy runs are those that set the alarm's level, so that theirs is no more than FALSE by construction.
     """
     healthy = logs.clean(logs.load(ladder_log))[0]
-    ladder, rows = hierarchy.gather(healthy), []
+    ladder, rows = ladder_field.gather(healthy), []
     alarm = level(healthy, ladder)
     for name, (log, condition) in {'healthy': (ladder_log, None), **faults}.items():
         table = logs.load(log)
@@ -300,52 +299,3 @@ def caught(ladder_log, faults):
                      'median x': float(np.nanmedian(ever)) if np.isfinite(ever).any() else np.nan,
                      'looks like': max(set(likely), key=likely.count)})
     return rows
-
-
-def lines(result):
-    """The run so far for people: a few points of the residual, the verdict, the end."""
-    if not len(result['x']):
-        return [f'x = {result["now"]:.3f}: the ladder\'s curves begin at {result["expected"].x[0]:g}; nothing to compare yet']
-    shown = np.unique(np.linspace(0, len(result['x']) - 1, 8).astype(int))
-    out = [f'{"x":>5} {"residual":>9}   90% band             surprise']
-    out += [f'{result["x"][i]:5.2f} {result["residual"][i]:+9.2%}   [{result["lo90"][i]:+7.2%}, {result["hi90"][i]:+7.2%}]   '
-            f'{result["surprise"][i]:.1e}' for i in shown]
-    out += [f'differs: {text}' for text in result['differences']]
-    if np.isfinite(result['alarm']):
-        out.append(f'ALARM: off its ladder from x = {result["alarm"]:.3g}; this looks like')
-        out += [f'  {share:5.0%}  {name} ({size:+.3f})' for name, share, size in result['looks_like']]
-    else:
-        out.append('on track')
-    out.append(f'x = {result["now"]:.3f}: loss {result["loss"]:.5g}, forecast of its end {result["forecast"]:.5g} '
-               f'[{result["forecast_lo90"]:.5g}, {result["forecast_hi90"]:.5g}] (90%)')
-    return out
-
-
-def main():
-    parse = command.parser(__doc__.splitlines()[0], 'watch')
-    parse.add_argument('--against', required=True, metavar='LADDER', help='the log of the ladder this run belongs to')
-    parse.add_argument('--horizon', type=float, metavar='TOKENS', help='where the run will end, if it does not say')
-    parse.add_argument('--every', type=float, metavar='SECONDS', help='look again after so long, until the run has ended')
-    args = parse.parse_args()
-    ladder = logs.load(args.against)
-    for condition in args.where:
-        ladder = logs.where(ladder, condition)
-    ladder, notes, _ = logs.clean(logs.between_widths(ladder, args.min_width, args.max_width))
-    alarm = level(ladder, hierarchy.gather(ladder))
-    while True:
-        table = read_run(args.log)
-        result = analyse(table, ladder, args.horizon, alarm)
-        if args.out and len(result['x']):
-            from figures import draw
-            command.save(lambda result=result: draw.watch(result), args.out)
-        command.report(args, {k: v for k, v in result.items() if k != 'expected'}, lines(result), notes)
-        state = table['state'].iloc[-1] if 'state' in table else None
-        if not args.every or result['now'] >= 0.999 or state not in (None, 'unfinished', 'running'):
-            break
-        sys.stdout.flush()
-        time.sleep(args.every)
-        notes = []
-
-
-if __name__ == '__main__':
-    command.run(main)

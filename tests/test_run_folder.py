@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-import config
-import record
+from trainer import config
+from trainer import run_folder as record
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from figures.scaling_law import horizon_of, loss_at
-from figures.table import LogError, runs
+from analysis.scaling_law import horizon_of, loss_at
+from analysis.table import LogError, runs
 
 
 class Terms(NamedTuple):

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from figures import command
-from figures.scaling_law import LEVEL
-from figures.table import LogError, require, runs
+from analysis.scaling_law import LEVEL
+from analysis.table import LogError, require, runs
 
 THEORY = 0.25      # eq. 14
 HAND_SET = 0.26    # the authors' value for the MLP (0.21 for CIFAR-5M)
@@ -237,33 +236,3 @@ def smooth(x, y, half_life=HALF_LIFE):
         if np.isfinite(smoothed[i - 1]):
             smoothed[i] = keep[i - 1] * smoothed[i - 1] + (1 - keep[i - 1]) * y[i]
     return smoothed
-
-
-def main():
-    parse = command.parser(__doc__.splitlines()[0], 'schedules')
-    args = parse.parse_args()
-    table, notes, copies = command.read(args)
-    aligned, more = align(table)
-    result, whole, errors = fit(aligned), fit(aligned, second_term=True), leave_one_out(aligned)
-    if result.groups == 1 < result.runs:
-        notes.append('one constant-rate run: its own noise is not in the standard error of α')
-    if result.runs == 1:
-        notes.append('a single run with a decay phase: α has no standard error and no schedule can be left out')
-    if args.out:
-        from figures import draw
-        command.save(lambda: draw.schedules(aligned, result.alpha), args.out)
-    lines = [f'alpha     {result.alpha:.4f} ± {result.alpha_se:.4f}{command.bracket(result.alpha_ci)}'
-             f'   (theory {THEORY}, set by hand in the paper {HAND_SET})',
-             f'rmse      {result.rmse:.3g} over {result.runs} runs; with the second term of eq. 15 {whole.rmse:.3g}',
-             'mean absolute error relative to the drop that the decay causes, α fitted on the other schedules:',
-             f'{"schedule":12} {"decay":>6} {"runs":>5} {"alpha":>7} {"error":>7} {"α=0.26":>7} {"α=0.25":>7} {"α=0":>7}']
-    lines += [f'{e["schedule"]:12} {e["decay_frac"]:6g} {e["runs"]:5d} {e["alpha_without"]:7.4f} {e["error"]:7.3f} '
-              f'{e["hand_set"]:7.3f} {e["theory"]:7.3f} {e["no_noise_term"]:7.3f}' for e in errors]
-    command.report(args, result._asdict() | {
-        'rmse_relative': rmse_relative(aligned, result.alpha), 'leave_one_schedule_out': errors,
-        'hand_set': {'alpha': HAND_SET, 'rmse_relative': rmse_relative(aligned, HAND_SET)},
-        'with_second_term': {'alpha': whole.alpha, 'rmse': whole.rmse}, 'duplicates_dropped': copies}, lines, notes + more)
-
-
-if __name__ == '__main__':
-    command.run(main)

@@ -1,6 +1,6 @@
 """What several logs say, one row a log, as the Markdown tables of README's "What we measured".
 
-    python -m figures.measured logs/*.parquet
+    python -m figures tables logs/*.parquet
 
 A log of constant-rate runs gives the horizon, and the collapse of its runs up to it; one of several schedules gives α; any other
 is a ladder. What an analysis cannot tell of a log is left empty, with the reason on stderr.
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from figures import collapse, horizon, schedules
-from figures.table import LogError, clean, load, runs
+from analysis import collapse, horizon, schedules
+from analysis.table import LogError, clean, load, runs
 
 AT = (0.25, 0.5, 0.75, 0.9)  # x at which Δ and σ are given
 LADDERS = ('log', 'widths', 'seeds', 'a', 'b', 'L0', *(f'Δ / σ at {x:g}' for x in AT), 'Δ < σ from x =')
@@ -96,15 +96,10 @@ def markdown(columns, rows):
     return '\n'.join(['| ' + ' | '.join(row) + ' |' for row in (columns, ['---'] * len(columns), *rows)])
 
 
-def main():
-    if len(sys.argv) < 2 or sys.argv[1].startswith('-'):
+def main(argv):
+    if not argv or argv[0].startswith('-'):
         sys.exit(__doc__)
-    found, reasons = tables(sys.argv[1:])
+    found, reasons = tables(argv)
     print('\n\n'.join(markdown(columns, rows) for columns, rows in found.items() if rows))
     for reason in reasons:
         print(f'note: {reason}', file=sys.stderr)
-
-
-if __name__ == '__main__':
-    from figures import command
-    command.run(main)

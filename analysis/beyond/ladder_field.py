@@ -20,8 +20,8 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.special import logsumexp, ndtr
 
-from figures import collapse, scaling_law
-from figures.table import LogError
+from analysis import collapse, scaling_law
+from analysis.table import LogError
 
 KNOTS = np.array([0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0])  # x of the model, dense where curves bend
 EXPONENT = 0.16, 0.07  # prior of b: Hoffmann et al. 2022 0.15 in compute, Henighan et al. 2020 0.05 to 0.24

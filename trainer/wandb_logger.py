@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-import config
-import hosts
-from checkpoint import brief, warn
+from trainer import config
+from trainer import distributed as hosts
+from trainer.checkpoint import brief, warn
 
 PATIENCE = 90  # seconds that the copy waits for a server at its start, and the run at its end
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-import dataset
+from token_files import files as dataset
 
 HERE = Path(__file__).parent.parent
 

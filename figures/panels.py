@@ -4,13 +4,14 @@ here that the other modules give."""
 import numpy as np
 from matplotlib import pyplot as plt
 
-from figures import collapse as collapsing
-from figures import horizon as horizons
-from figures import power_laws, scaling_law, style
-from figures import reproduced as reproducing
-from figures import schedule_laws as laws
-from figures import schedules as scheduling
-from figures.table import PETA
+from analysis import collapse as collapsing
+from analysis import horizon as horizons
+from analysis import power_laws, scaling_law
+from analysis import reproduced as reproducing
+from analysis import schedules as scheduling
+from analysis.beyond import schedule_laws as laws
+from analysis.table import PETA
+from figures import style
 
 BAND = (5, 95)  # percentiles of the seeds' band; with few seeds they lie near the extremes
 

@@ -1,0 +1,1 @@
+"""Files of tokens on disk: read, check, describe and prepare them."""
