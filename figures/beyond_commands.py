@@ -30,8 +30,8 @@ def watch(argv):
         table = monitor.read_run(args.log)
         result = monitor.analyse(table, ladder, args.horizon, alarm)
         if args.out and len(result['x']):
-            from figures import panels
-            commands.save(lambda result=result: panels.watch(result), args.out)
+            from figures import beyond_panels
+            commands.save(lambda result=result: beyond_panels.watch(result), args.out)
         commands.report(args, {k: v for k, v in result.items() if k != 'expected'}, _watch_lines(result), notes)
         state = table['state'].iloc[-1] if 'state' in table else None
         if not args.every or result['now'] >= 0.999 or state not in (None, 'unfinished', 'running'):
@@ -78,8 +78,8 @@ def schedule_laws(argv):
     if fits[1].objective > 300 * fits[2].objective:
         notes.append(f'the {fits[1].law.name} has stopped far from a fit: its step sizes are made for losses of a few nats')
     if args.out:
-        from figures import panels
-        commands.save(lambda: panels.schedule_laws(curves, fits[:2], args.fit), args.out)
+        from figures import beyond_panels
+        commands.save(lambda: beyond_panels.schedule_laws(curves, fits[:2], args.fit), args.out)
     lines = [f'{one.law.name}: ' + ', '.join(f'{name} {value:.4g}' for name, value in zip(one.law.names, one.values, strict=True))
              for one in fits]
     lines += [f'fitted on {", ".join(args.fit)}; the unseen curves, errors in units of the loss:',
@@ -121,8 +121,8 @@ def forecast(argv):
     result, more = forecasting.analyse(table, args.target, args.max_width, args.seen, args.horizon, args.rate, args.schedule,
                            clean(load(args.pairs))[0] if args.pairs else None)
     if args.out:
-        from figures import panels
-        commands.save(lambda: panels.forecast(table, result), args.out)
+        from figures import beyond_panels
+        commands.save(lambda: beyond_panels.forecast(table, result), args.out)
     commands.report(args, result | {'duplicates_dropped': copies}, _forecast_lines(result), notes + more)
 
 

@@ -15,7 +15,7 @@ import yaml
 import train
 from analysis import collapse
 from analysis import table as logs
-from analysis.beyond import ladder_field
+from analysis.beyond import ladder_field, monitor
 from tests.logs_of import power_law_table, random_ladder
 from tests.test_collapse import command
 from trainer import config
@@ -97,11 +97,11 @@ def test_the_level_keeps_its_promise(monkeypatch):
         return lambda table, ladder: [monitor.Reading(two, two, np.full(2, rng.random() ** power), np.nan, []) for _ in table['run']]
 
     table = pd.DataFrame({'run': np.arange(39)})
-    monkeypatch.setattr(watch, 'readings', readings(3))
+    monkeypatch.setattr(monitor, 'readings', readings(3))
     alarmed = [rng.random() ** 3 < monitor.level(table, None) for _ in range(2000)]
     assert np.mean(alarmed) == pytest.approx(monitor.FALSE, abs=0.015)
     assert monitor.level(table[:10], None) == monitor.ALARM
-    monkeypatch.setattr(watch, 'readings', readings(0.2))
+    monkeypatch.setattr(monitor, 'readings', readings(0.2))
     assert monitor.level(table, None) == monitor.FALSE
 
 
@@ -176,7 +176,7 @@ def test_a_wandb_run_that_grows(loopback, tmp_path):
                                     stdin=(tmp_path / 'config.json').open(), **started)
         wait_for(lambda: server.runs and len(server.runs['e/p/grows'].history) >= (~late).sum(), training)
         watching = subprocess.Popen([sys.executable, '-m', 'figures', 'watch', 'e/p/grows', '--against', tmp_path / 'ladder.parquet',
-                                     '--every', '1'], cwd=Path(watch.__file__).parent.parent, stdout=subprocess.PIPE, **started)
+                                     '--every', '1'], cwd=Path(monitor.__file__).parents[2], stdout=subprocess.PIPE, **started)
         shown = [next(line for line in watching.stdout if line in ('on track\n', 'ALARM'))]
         (tmp_path / 'go').touch()
         rest = watching.communicate(timeout=120)[0]
@@ -201,7 +201,7 @@ def test_a_curve_is_drawn_where_it_was_evaluated(tmp_path):
     expected = monitor.expect(ladder_field.gather(table), table['num_params'].max())
     late = expected.x >= 0.1
     reading = monitor.read(expected, expected.x[late], expected.loss[late])
-    figure = panels.watch({'expected': expected, 'x': reading.x, 'residual': reading.residual, 'now': 1.0, 'forecast': 0.2,
+    figure = beyond_panels.watch({'expected': expected, 'x': reading.x, 'residual': reading.residual, 'now': 1.0, 'forecast': 0.2,
                          'forecast_hi90': 0.21, 'alarm': np.nan, 'looks_like': []})
     own, = [line for line in figure.axes[0].lines if line.get_label() == 'this run']
     np.testing.assert_allclose(own.get_ydata(), expected.loss[late], rtol=1e-9)
