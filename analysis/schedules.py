@@ -181,20 +181,22 @@ def noise_share(table, p, L0, floor=0.1):
     return np.exp(level + slope * np.log(p / models[-1]))
 
 
-def under(name, x, reducible, share, alpha, times=1.0):
-    """Reducible loss [S, G] at x under a schedule, from that of the constant rate [S, G] at x of its own horizon; α may be [S].
+def apply_schedule(name, x, reducible, share, alpha, horizon_ratio=1.0):
+    """Reducible loss [S, G] at x under the schedule `name`, predicted from the constant-rate loss `reducible` [S, G] at the same x.
 
-    Eq. 16 with Tr Σ = share [S] × reducible loss (eq. 17) at equal τ: R_const(τ)·(1 - α·(1 - η)·share). `times` is the run's
-    horizon over that of the constant-rate curves; τ may not leave these. Before their first x the curve is held.
+    Eq. 16 with Tr Σ = share [S] × reducible loss (eq. 17), at equal τ: R_const(τ)·(1 - α·(1 - η)·share). α is a number or [S].
+    `horizon_ratio` is the run's horizon over the horizon of the constant-rate curves. The loss before their first x is taken to be
+    that at their first x. Raises LogError if τ goes beyond the constant-rate curves.
     """
     rate = RATES[name](x)
     fine = np.linspace(0, 1, 2001)
     area = np.concatenate([[0], np.cumsum((RATES[name](fine)[1:] + RATES[name](fine)[:-1]) / 2 * np.diff(fine))])
-    tau = times * np.interp(x, fine, area)
+    tau = horizon_ratio * np.interp(x, fine, area)
     if tau[-1] > x[-1] * (1 + 1e-9):
-        raise LogError(f'a {name} run of {times:.3g} times the constant-rate curves\' horizon outlasts them; shorten --horizon')
-    held = np.exp(np.stack([np.interp(np.log(tau), np.log(x), np.log(one)) for one in reducible]))
-    return held * (1 - (alpha * share)[:, None] * (1 - rate))
+        raise LogError(f'a {name} run of {horizon_ratio:.3g} times the horizon of the constant-rate curves goes beyond their end; '
+                       'shorten --horizon')
+    constant = np.exp(np.stack([np.interp(np.log(tau), np.log(x), np.log(one)) for one in reducible]))
+    return constant * (1 - (alpha * share)[:, None] * (1 - rate))
 
 
 def rmse_relative(aligned, alpha):

@@ -1,23 +1,62 @@
-"""What several logs say, one row a log, as the Markdown tables of README's "What we measured".
+"""Results as tables: Markdown with one row a log, and a data frame of one result for the notebooks.
 
     python -m figures tables logs/*.parquet
 
-A log of constant-rate runs gives the horizon, and the collapse of its runs up to it; one of several schedules gives α; any other
-is a ladder. What an analysis cannot tell of a log is left empty, with the reason on stderr.
+A log of constant-rate runs gives the fitted horizon and the collapse of its runs up to that horizon. A log of several schedules
+gives α. Any other log is taken as a scaling ladder. A row that cannot be computed is left out, and stderr says why.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from analysis import collapse, horizon, schedules
 from analysis.table import LogError, clean, load, runs
 
-AT = (0.25, 0.5, 0.75, 0.9)  # x at which Δ and σ are given
-LADDERS = ('log', 'widths', 'seeds', 'a', 'b', 'L0', *(f'Δ / σ at {x:g}' for x in AT), 'Δ < σ from x =')
-HORIZONS = ('log', 'widths', 'seeds', 'κ', '1+γ', 'tangent points')
-SCHEDULES = ('log', 'schedules', 'α', 'error of a schedule left out, of the drop', 'rms error, of the loss range')
+X_SHOWN = (0.25, 0.5, 0.75, 0.9)  # normalised compute at which Δ and σ are given
+LADDER_COLUMNS = ('log', 'widths', 'seeds', 'a', 'b', 'L0', *(f'Δ / σ at {x:g}' for x in X_SHOWN), 'Δ < σ from x =')
+HORIZON_COLUMNS = ('log', 'widths', 'seeds', 'κ', '1+γ', 'tangent points')
+SCHEDULE_COLUMNS = ('log', 'schedules', 'α', 'error of a schedule left out, of the drop', 'rms error, of the loss range')
+
+# What `summary` shows of a result, in this order, by the names of fields and JSON keys.
+QUANTITIES = {
+    'a': 'a (loss at 1e15 FLOPs above L0)', 'b': 'b (exponent of compute)', 'L0': 'L0 (irreducible loss)', 'r2': 'R²',
+    'A': 'A', 'mu': 'µ (exponent of tokens)', 'B': 'B', 'nu': 'ν (exponent of parameters)', 'error': 'rms relative residual',
+    'scale': 'scale κ (parameters)', 'exponent': 'exponent 1 + γ',
+    'alpha': 'α', 'alpha_published': 'α with the trace as logged', 'rmse': 'rms error (loss)',
+    'rmse_relative': 'rms error, of the loss range', 'runs': 'runs',
+    'supercollapse_from': 'Δ < σ averaged over models from x =', 'supercollapse_from_every_model': 'Δ < σ of every model from x =',
+    'final': 'final loss', 'num_params': 'parameters', 'compute': 'compute (FLOPs)', 'tokens': 'tokens',
+}
+
+
+def summary(result):
+    """pandas.DataFrame with the columns quantity, value and 90% interval: the numbers of one result, rounded, as text.
+
+    `result` is a named tuple (Horizon, Fit, Law, JointFit) or the dict of an `analyse` function. Arrays are left out.
+    """
+    values = dict(result._asdict() if hasattr(result, '_asdict') else result)
+    values = values | values.pop('fit', {})
+    rows = []
+    for key, quantity in QUANTITIES.items():
+        if not isinstance(values.get(key), (int, float)):
+            continue
+        ci = values.get(f'{key}_profile_ci') or values.get(f'{key}_ci') or values.get(f'{key}_90')
+        text = onset_text if key.startswith('supercollapse') else _rounded
+        rows.append((quantity, text(values[key]), f'[{text(ci[0])}, {text(ci[1])}]' if ci else ''))
+    return pd.DataFrame(rows, columns=['quantity', 'value', '90% interval'])
+
+
+def _rounded(value):
+    """Four significant digits; large counts in the form 1.234e+15."""
+    return f'{round(value, 12):.4g}'
+
+
+def onset_text(x, decidable=True):
+    """The x from which Δ < σ, 'never', or '–' where there is no σ to compare with."""
+    return f'{x:.2f}' if np.isfinite(x) else 'never' if decidable else '–'
 
 
 def sizes(table):
@@ -36,14 +75,13 @@ def number(value, ci, digits=3):
 
 def ladder_row(name, table):
     result, _ = collapse.analyse(table)
-    fit, at = result['fit'], [int(np.argmin(np.abs(result['x'] - x))) for x in AT]
+    fit, at = result['fit'], [int(np.argmin(np.abs(result['x'] - x))) for x in X_SHOWN]
     onset, ci = result['supercollapse_from'], result['supercollapse_from_ci']
-    told = np.isfinite(result['sigma']).all()  # with one seed a model there is no σ, and no verdict
-    said = [f'{x:.2f}' if np.isfinite(x) else 'never' if told else '–' for x in (onset, *(ci or ()))]
+    decidable = np.isfinite(result['sigma']).all()  # with one seed a model there is no σ, and no verdict
     return (name, *sizes(table), number(fit['a'], fit['a_ci']), number(fit['b'], fit['b_ci']),
             number(fit['L0'], fit['L0_profile_ci'] or fit['L0_ci'], 2),
-            *(f'{result["delta"][i]:.4f} / ' + (f'{result["sigma"][i]:.4f}' if told else '–') for i in at),
-            said[0] + (f' [{said[1]}, {said[2]}]' if ci else ''))
+            *(f'{result["delta"][i]:.4f} / ' + (f'{result["sigma"][i]:.4f}' if decidable else '–') for i in at),
+            onset_text(onset, decidable) + (f' [{onset_text(ci[0])}, {onset_text(ci[1])}]' if ci else ''))
 
 
 def horizon_row(name, table):
@@ -66,7 +104,7 @@ def schedule_row(name, table):
 
 def tables(paths):
     """{columns: rows} of the logs at `paths`, and the reasons for what is missing."""
-    found, reasons = {HORIZONS: [], LADDERS: [], SCHEDULES: []}, []
+    found, reasons = {HORIZON_COLUMNS: [], LADDER_COLUMNS: [], SCHEDULE_COLUMNS: []}, []
 
     def add(columns, row, name, table):
         try:
@@ -81,14 +119,15 @@ def tables(paths):
         table, _, _ = clean(table)
         if kinds == {'const'}:
             steady, _ = horizon.constant_rate(table)
-            add(HORIZONS, horizon_row, name, steady)
-            add(LADDERS, steady_row, f'{name}, to the horizon', steady)
+            add(HORIZON_COLUMNS, horizon_row, name, steady)
+            add(LADDER_COLUMNS, steady_row, f'{name}, to the horizon', steady)
         elif len(kinds) > 1:
-            add(SCHEDULES, schedule_row, name, table)
+            add(SCHEDULE_COLUMNS, schedule_row, name, table)
         else:
-            add(LADDERS, ladder_row, name, table)
+            add(LADDER_COLUMNS, ladder_row, name, table)
             if table['num_params'].nunique() > 4:
-                add(LADDERS, ladder_row, f'{name}, without the narrowest', table[table['num_params'] > table['num_params'].min()])
+                wider = table[table['num_params'] > table['num_params'].min()]
+                add(LADDER_COLUMNS, ladder_row, f'{name}, without the narrowest', wider)
     return found, reasons
 
 

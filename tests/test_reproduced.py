@@ -1,12 +1,12 @@
 """A run trained again lies among the seeds of the published ones, and one that was scaled otherwise does not."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from analysis import reproduced, table
+from figures import paper_commands
 from tests.logs_of import paper_log, power_law_table
 
 
@@ -47,15 +47,13 @@ def test_what_cannot_be_compared_is_refused(planted):
         reproduced.same_model(own.assign(schedule='cosine'), ladder)
 
 
-def test_the_command_prints_a_table_and_draws(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
     """One of the authors' seeds against all five: the nearest that a comparison with their log can be tested."""
     path = paper_log('mlp')
     ladder, _, _ = table.clean(table.load(path))
     name = ladder[ladder['D'] == 384]['run'].iloc[0]
     table.write_parquet(ladder[ladder['run'] == name], tmp_path / 'own.parquet')
-    monkeypatch.setattr(sys, 'argv', ['reproduced', str(tmp_path / 'own.parquet'), str(path), '--json', '--out',
-                                      str(tmp_path / 'own.png')])
-    reproduced.main()
+    paper_commands.reproduced([str(tmp_path / 'own.parquet'), str(path), '--json', '--out', str(tmp_path / 'own.png')])
     result = json.loads(capsys.readouterr().out)
     assert (tmp_path / 'own.png').stat().st_size > 10_000
     assert abs(result['published'][-1] - 0.0430) < 5e-5 and abs(result['sd'][-1] - 0.00015) < 5e-5  # as published

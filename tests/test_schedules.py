@@ -144,12 +144,12 @@ def test_another_schedule_from_constant_rate_curves_alone():
     np.testing.assert_allclose(share, 0.5 * 16 ** 0.2, rtol=1e-9)
     tau = x - x ** 2 / 2
     for times in (1.0, 0.5):
-        found = schedules.under('linear', x, x[None] ** -0.5, share[:1], 0.3, times)
+        found = schedules.apply_schedule('linear', x, x[None] ** -0.5, share[:1], 0.3, times)
         truth = (times * tau) ** -0.5 * (1 - 0.3 * x * share[0])
         np.testing.assert_allclose(found[0, 5:], truth[5:], rtol=1e-3)  # log-log interpolation of a power law; τ by trapezes
-        plain = schedules.under('linear', x, x[None] ** -0.5, 0 * share[:1], 0.3, times)
+        plain = schedules.apply_schedule('linear', x, x[None] ** -0.5, 0 * share[:1], 0.3, times)
         np.testing.assert_allclose(plain[0, 5:], ((times * tau) ** -0.5)[5:], rtol=1e-3)
-    with pytest.raises(logs.LogError, match='outlasts'):
-        schedules.under('linear', x, x[None] ** -0.5, share[:1], 0.3, 3.0)
+    with pytest.raises(logs.LogError, match='beyond their end'):
+        schedules.apply_schedule('linear', x, x[None] ** -0.5, share[:1], 0.3, 3.0)
     with pytest.raises(logs.LogError, match='constant-rate runs; the log has linear'):
         schedules.noise_share(pd.concat(rows).assign(schedule='linear'), 16.0, np.array([1.0]))

@@ -155,13 +155,13 @@ def budgets(ladder, times=BUDGETS):
 
 
 def reschedule(table, target, draws, fine, name, alpha, spread, times=1.0):
-    """Draws of a target at a constant rate as they are under the schedule `name`; see schedules.under.
+    """Draws of a target at a constant rate as they are under the schedule `name`; see schedules.apply_schedule.
 
     α is drawn with its spread from run to run (see schedules.alpha_of_reference), the schedule law's own error; NaN counts as none.
     """
     alpha = alpha + np.nan_to_num(spread) * np.random.default_rng(0).normal(size=len(draws.L0))
     share = schedules.noise_share(table, target.p, draws.L0)
-    reducible = schedules.under(name, fine, draws.loss[:, 0] - draws.L0[:, None], share, alpha, times)
+    reducible = schedules.apply_schedule(name, fine, draws.loss[:, 0] - draws.L0[:, None], share, alpha, times)
     return draws._replace(loss=(draws.L0[:, None] + reducible)[:, None])
 
 
