@@ -19,7 +19,7 @@ import pandas as pd
 RUN_COLUMNS = ('run', 'tag', 'state', 'D', 'N', 'L', 'V', 'B', 'peak_lr', 'schedule', 'decay_frac', 'seed', 'T',
                'num_params', 'scale', 'exponent', 'match_mup_at_D', 'opt_compute', 'revision', 'device', 'seconds')
 ROW_COLUMNS = ('step', 'tokens', 'compute', 'tau', 'lr', 'test_loss', 'train_loss', 'Bgvar', 'Buvar', 'gvar', 'uvar',
-               'g2_mean', 'u2_mean', 'gmean2', 'umean2', 'h', 'f', 'dh', 'df', 'residual', 'surprise', 'forecast',
+               'g2_mean', 'u2_mean', 'gmean2', 'umean2', 'h', 'f', 'dh', 'df', 'residual', 'p_value', 'forecast',
                'forecast_lo90', 'forecast_hi90')
 TEXT_COLUMNS = ('run', 'tag', 'state', 'schedule', 'revision', 'device')
 PETA = 1e15  # the authors' logs count compute in units of 1e15 FLOPs

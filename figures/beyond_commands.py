@@ -46,9 +46,9 @@ def _watch_lines(result):
     if not len(result['x']):
         return [f'x = {result["now"]:.3f}: the ladder\'s curves begin at {result["expected"].x[0]:g}; nothing to compare yet']
     shown = np.unique(np.linspace(0, len(result['x']) - 1, 8).astype(int))
-    out = [f'{"x":>5} {"residual":>9}   90% band             surprise']
+    out = [f'{"x":>5} {"residual":>9}   90% band             p_value']
     out += [f'{result["x"][i]:5.2f} {result["residual"][i]:+9.2%}   [{result["lo90"][i]:+7.2%}, {result["hi90"][i]:+7.2%}]   '
-            f'{result["surprise"][i]:.1e}' for i in shown]
+            f'{result["p_value"][i]:.1e}' for i in shown]
     out += [f'differs: {text}' for text in result['differences']]
     if np.isfinite(result['alarm']):
         out.append(f'ALARM: off its ladder from x = {result["alarm"]:.3g}; this looks like')

@@ -63,7 +63,7 @@ def test_a_late_fault_is_named_by_its_onset(planted):
     late = 0.1 + (losses - 0.1) * (1 + 0.2 * np.maximum(np.log(expected.x / 0.3), 0))
     for loss in late:
         reading = monitor.read(expected, expected.x, loss)
-        assert 0.3 < reading.alarm <= 0.85 and (reading.surprise[reading.x <= 0.3] > monitor.ALARM).all()
+        assert 0.3 < reading.alarm <= 0.85 and (reading.p_value[reading.x <= 0.3] > monitor.ALARM).all()
         assert reading.looks_like[0][0].startswith('from x =') and reading.looks_like[0][1] > 0.5
 
 
@@ -71,25 +71,25 @@ def test_the_residual_is_the_distance_to_the_ladder(planted):
     expected, _ = planted
     reading = monitor.read(expected, expected.x, expected.loss + 0.02 * expected.reducible)
     np.testing.assert_allclose(reading.residual, 0.02, rtol=1e-9)
-    np.testing.assert_allclose(monitor.read(expected, expected.x, expected.loss).surprise, 1)
+    np.testing.assert_allclose(monitor.read(expected, expected.x, expected.loss).p_value, 1)
 
 
-def test_surprises_are_as_rare_as_they_say():
-    """Healthy residuals whose noise is known from six differences: a surprise of 1% in 0.3 to 1.5% of 2,000 (two tests at half the
+def test_p_values_are_as_rare_as_they_say():
+    """Healthy residuals whose noise is known from six differences: a p_value of 1% in 0.3 to 1.5% of 2,000 (two tests at half the
     level, correlated; the standard error is 0.2%). With χ² tests it would be a tenth of them."""
     rng, x = np.random.default_rng(0), ladder_field.KNOTS
     ones, covariance = np.ones(len(x)), 1e-6 * (np.eye(len(x)) + 3 * ladder_field.along(x)[1])
-    factor, surprise = np.linalg.cholesky(covariance), []
+    factor, p_value = np.linalg.cholesky(covariance), []
     for _ in range(2000):
         estimate = covariance * rng.chisquare(6) / 6
         expected = monitor.Expected(x, ones, ones, ones, ones, estimate, estimate, 1.0, freedom=6)
-        surprise.append(monitor.read(expected, x, 1 + factor @ rng.normal(size=len(x))).surprise[[2, -1]])
-    for rare in (np.array(surprise) < 0.01).mean(0):
+        p_value.append(monitor.read(expected, x, 1 + factor @ rng.normal(size=len(x))).p_value[[2, -1]])
+    for rare in (np.array(p_value) < 0.01).mean(0):
         assert 0.003 <= rare <= 0.015, rare
 
 
 def test_the_level_keeps_its_promise(monkeypatch):
-    """39 runs whose lowest surprise is u³, far from what a sound test has: one further run in twenty is alarmed (2,000 times, so to
+    """39 runs whose lowest p_value is u³, far from what a sound test has: one further run in twenty is alarmed (2,000 times, so to
     0.015). Tests that are too shy do not raise the level above that, and ten runs cannot say."""
     rng, two = np.random.default_rng(0), np.array([0.5, 1.0])
 

@@ -3,7 +3,7 @@
     python -m figures watch runs/tag/name --against logs/laptop_mlp.parquet          (or a W&B run: entity/project/id)
 
 The residual is (L(x) - L̂(x)) / (L̂(x) - L0), with L̂ the ladder's forecast of this run's curve. Its covariance over x, of one run,
-is the forecast's own: so the surprise of a whole residual so far is a χ² test of its height and one of its shape, and a residual
+is the forecast's own: so the p_value of a whole residual so far is a χ² test of its height and one of its shape, and a residual
 that stays in a wide band but has the wrong shape is found out too. The forecasts are forecast.py's; benchmarks/watch_faults.py
 measures what is caught.
 """
@@ -19,7 +19,7 @@ from analysis import table as logs
 from analysis.beyond import forecast, ladder_field
 from analysis.table import LogError
 
-ALARM = 0.01  # surprise below which two points in a row alarm, where the ladder has too few runs to say (see `level`)
+ALARM = 0.01  # p_value below which two points in a row alarm, where the ladder has too few runs to say (see `level`)
 FALSE = 0.05  # healthy runs that may be alarmed; also the largest level
 HABITS = ('schedule', 'decay_frac', 'peak_lr', 'B', 'N', 'L', 'match_mup_at_D')  # what a run shares with its ladder
 
@@ -41,9 +41,9 @@ class Reading(NamedTuple):
     """A run so far."""
     x: np.ndarray
     residual: np.ndarray
-    surprise: np.ndarray    # [k] probability that a healthy run's residual up to x is this far out
-    alarm: float            # x from which the surprise stayed `below`, NaN if it did not
-    looks_like: list        # (name, share of the surprise explained, amplitude), the best first
+    p_value: np.ndarray    # [k] probability that a healthy run's residual up to x is this far out
+    alarm: float            # x from which the p_value stayed `below`, NaN if it did not
+    looks_like: list        # (name, share of the p_value explained, amplitude), the best first
 
 
 def expect(ladder, p, seed=0, scales=None):
@@ -80,10 +80,10 @@ def read(expected, x, loss, below=ALARM):
     count = np.arange(1, len(k) + 1)
     shape = fdtrc(count, expected.freedom, np.cumsum(whitened ** 2) / count)
     height = fdtrc(1, expected.freedom, np.cumsum(whitened * level) ** 2 / np.cumsum(level ** 2))
-    surprise = np.minimum(1, 2 * np.minimum(shape, height))
-    out = np.logical_and.accumulate((surprise < below)[::-1])[::-1]
+    p_value = np.minimum(1, 2 * np.minimum(shape, height))
+    out = np.logical_and.accumulate((p_value < below)[::-1])[::-1]
     alarm = float(at[np.argmax(out)]) if out.sum() > 1 else np.nan
-    return Reading(at, residual, surprise, alarm, likeness(expected, k, residual, covariance))
+    return Reading(at, residual, p_value, alarm, likeness(expected, k, residual, covariance))
 
 
 def likeness(expected, k, residual, covariance):
@@ -191,7 +191,7 @@ def follow(log, p, compute):
         if len(x) < 2 or passed[-1] == passed[-2]:
             return {}
         reading = read(expected, x, loss)
-        return {'residual': float(reading.residual[-1]), 'surprise': float(reading.surprise[-1]), **band(*end(expected, x, loss))}
+        return {'residual': float(reading.residual[-1]), 'p_value': float(reading.p_value[-1]), **band(*end(expected, x, loss))}
     return look
 
 
@@ -210,7 +210,7 @@ def analyse(table, ladder_table, tokens=None, alarm=None):
     reading = read(expected, x, loss, alarm)
     k = np.searchsorted(expected.x, reading.x)
     return {'x': reading.x, 'residual': reading.residual, 'lo90': expected.lo90[k], 'hi90': expected.hi90[k],
-            'surprise': reading.surprise, 'level': alarm, 'alarm': reading.alarm, 'looks_like': reading.looks_like[:3],
+            'p_value': reading.p_value, 'level': alarm, 'alarm': reading.alarm, 'looks_like': reading.looks_like[:3],
             'differences': differences(table, ladder_table, compute, expected), 'now': float(min(x[-1], 1)),
             'loss': float(loss[-1]), **band(*end(expected, x, loss)), 'expected': expected}
 
@@ -253,22 +253,22 @@ def without(ladder, model, runs):
 
 
 def lowest(reading, by=1.0):
-    """The least surprise that two points in a row up to x = by held, 1 if there are no two."""
-    low = reading.surprise[reading.x <= by + 1e-9]
+    """The least p_value that two points in a row up to x = by held, 1 if there are no two."""
+    low = reading.p_value[reading.x <= by + 1e-9]
     return float(np.maximum(low[1:], low[:-1]).min(initial=1.0))
 
 
 def first_alarm(reading, by=1.0, level=ALARM):
     """x at which whoever watched the run up to `by` was first alarmed (two points in a row), or NaN."""
-    low = (reading.surprise < level) & (reading.x <= by + 1e-9)
+    low = (reading.p_value < level) & (reading.x <= by + 1e-9)
     twice = np.flatnonzero(low[1:] & low[:-1])
     return float(reading.x[twice[0] + 1]) if len(twice) else np.nan
 
 
 def level(table, ladder):
-    """The surprise below which to alarm: at most FALSE of healthy runs like the ladder's own fall there.
+    """The p_value below which to alarm: at most FALSE of healthy runs like the ladder's own fall there.
 
-    Each of the ladder's n runs is held against the others; for the k-th smallest of n lowest surprises, a further healthy run is
+    Each of the ladder's n runs is held against the others; for the k-th smallest of n lowest p_values, a further healthy run is
     below it with probability k/(n + 1), whatever their distribution (conformal prediction; Vovk et al. 2005). ALARM if n < 19.
     """
     enough = FALSE * (table['run'].nunique() + 1) >= 1
