@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from analysis.columns import PETA
 from analysis.scaling_law import interval
-from analysis.table import PETA, LogError, require
+from analysis.table import LogError, require
 
 POINTS_PER_DECADE = 40   # of the common grid of compute
 BANDWIDTH = 0.05         # decades of compute over which a loss curve is smoothed, small beside a model's reign (~0.3)

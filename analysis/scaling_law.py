@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.table import PETA, LogError, require, runs
+from analysis.columns import PETA
+from analysis.table import LogError, require, runs
 
 DELTA = 1e-3  # Huber threshold on log-loss residuals, as in Hoffmann et al. (2022)
 LEVEL = 0.9   # of every confidence interval

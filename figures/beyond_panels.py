@@ -6,7 +6,7 @@ from matplotlib import pyplot as plt
 from analysis import collapse as collapsing
 from analysis import scaling_law
 from analysis.beyond import schedule_laws as laws
-from analysis.table import PETA
+from analysis.columns import PETA
 from figures import style
 
 

@@ -9,7 +9,7 @@ from analysis import horizon as horizons
 from analysis import power_laws, scaling_law
 from analysis import reproduced as reproducing
 from analysis import schedules as scheduling
-from analysis.table import PETA
+from analysis.columns import PETA
 from figures import style
 
 BAND = (5, 95)  # percentiles of the seeds' band; with few seeds they lie near the extremes

@@ -208,10 +208,10 @@ def test_duplicates_are_dropped_and_counted():
     table = small()
     copy = table[table['run'] == 'D32-s0'].assign(run='again')
     cleaned, notes, copies = logs.clean(pd.concat([table, copy], ignore_index=True))
-    assert copies == 1 and 'again' not in set(cleaned['run']) and 'twice, bit for bit' in ' '.join(notes)
+    assert copies == 1 and 'again' not in set(cleaned['run']) and 'twice with the same losses' in ' '.join(notes)
     almost = copy.assign(test_loss=copy['test_loss'] * (1 + 1e-6))
     cleaned, notes, copies = logs.clean(pd.concat([table, almost], ignore_index=True))
-    assert copies == 0 and 'share configuration and seed' in ' '.join(notes)
+    assert copies == 0 and 'configuration and seed of another run' in ' '.join(notes)
 
 
 def test_runs_cut_short_diverged_or_unfinished_are_left_out_by_name():

@@ -1,0 +1,35 @@
+"""The names and units of a log's columns, and the error that every module of the analysis raises.
+
+Units are raw: tokens, FLOPs, and the loss as it was trained on (nats, or ½·squared error). A value that is not known is NaN.
+"""
+
+PETA = 1e15  # FLOPs; the unit of compute in the scaling law, in the horizon rule and in the authors' logs
+
+# Columns with one value a run, in the order in which they are written. All but the text columns are float64.
+RUN_COLUMNS = (
+    'run', 'tag', 'state',
+    'D', 'N', 'L', 'V',               # width, blocks, sequence length (1 for the MLP), vocabulary or input size
+    'B',                              # sequences in a batch
+    'peak_lr',                        # opt.lr, the base learning rate; the column lr below is the rate at an evaluation
+    'schedule', 'decay_frac', 'seed',
+    'T',                              # tokens
+    'num_params', 'scale', 'exponent', 'match_mup_at_D',
+    'opt_compute',                    # FLOPs; the compute-optimal compute C* of the run's model, where the log knows it
+    'num_test_batches',               # test batches that the gradient traces were measured on
+    'revision', 'device',             # of the source code; of the machine
+    'seconds')                        # the run's share of the wall time of the process that trained it
+
+# Columns with one value an evaluation.
+ROW_COLUMNS = (
+    'step', 'tokens', 'compute',      # compute = 6·tokens·num_params FLOPs
+    'tau',                            # sum of the learning rate over the steps before this one
+    'lr', 'test_loss', 'train_loss',
+    'Bgvar', 'Buvar', 'gvar', 'uvar', 'g2_mean', 'u2_mean', 'gmean2', 'umean2',  # of the gradient, see optimizer.py
+    'h', 'f', 'dh', 'df',             # rms of the last features, of the logits, and of their changes
+    'residual', 'p_value', 'forecast', 'forecast_lo90', 'forecast_hi90')        # of a run that is watched
+
+TEXT_COLUMNS = ('run', 'tag', 'state', 'schedule', 'revision', 'device')
+
+
+class LogError(ValueError):
+    """A log cannot be read, or lacks what the analysis needs. The message is one line for the user."""
