@@ -12,10 +12,10 @@ from flax import nnx
 
 
 def weight(rngs, shape, std, role):
-    """One trainable array [shape], N(0, std²) float32, with its role 'input', 'hidden' or 'output' (Tensor Programs V, table 3).
+    """A trainable array [shape], drawn from N(0, std²) in float32, with its role in µP (Tensor Programs V, table 3).
 
-    The role drives the learning rate (optimizer.peak_lr) and the parameter count by group. Its fan-in is the width for every
-    'hidden' and 'output' weight, and a fixed size for 'input'. std 0 starts at zero without drawing.
+    The role is 'input' (its fan-in is a fixed size), 'hidden' or 'output' (its fan-in is the width). It decides the learning rate
+    (optimizer.peak_lr) and the group in which the weight is counted. With std = 0 nothing is drawn.
     """
     value = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
     return nnx.Param(value, role=role)
@@ -35,7 +35,7 @@ def _rms_norm_forward(x):
 
 
 def _rms_norm_backward(residuals, g):
-    """r (g - y mean(g y)): two passes over the output y, which the product that follows keeps anyway, and none over x."""
+    """r (g - y mean(g y)). It reads the output y, which the next matrix product keeps anyway, and not x."""
     y, r = residuals
     y, g = y.astype(jnp.float32), g.astype(jnp.float32)
     return (r * (g - y * jnp.mean(g * y, -1, keepdims=True))).astype(residuals[0].dtype),
@@ -114,18 +114,18 @@ class Attention(nnx.Module):
 
     def __call__(self, h):
         D, _, H, K = self.qkv.shape
-        qkv = rms_norm(h) @ self.qkv.astype(h.dtype).reshape(D, 3 * D)  # one plain product: an einsum would transpose its result
+        qkv = rms_norm(h) @ self.qkv.astype(h.dtype).reshape(D, 3 * D)  # one matrix product: einsum would transpose its result
         q, k, v = (a.reshape(*a.shape[:-1], H, K) for a in jnp.split(qkv, 3, -1))  # each [B, S, H, K]
         mixed = causal_attention(rms_norm(q), rms_norm(k), v)
         return mixed.reshape(h.shape) @ self.out.astype(h.dtype).reshape(D, D)
 
 
 def causal_attention(q, k, v):
-    """softmax(q kᵀ/√K) v over the positions up to each query's own; q, k, v and the result [B, S, H, K], q and k of unit rms.
+    """softmax(q kᵀ/√K) v over the positions up to each query's own. q, k, v and the result are [B, S, H, K]; q and k have unit rms.
 
-    One call on GPUs and TPUs, which have a fused kernel for it. A CPU has none: it takes the queries a piece at a time, each with
-    the keys up to its last, which spares half of the scores and keeps the others nearer to the cores. Scores of unit-rms vectors
-    are at most √K, so that exp is safe without a maximum taken off, and the division can wait until after the product.
+    On a CPU the queries are taken in pieces, each with the keys up to its last query. That leaves out nearly half of the scores,
+    and the rest stays in the caches. Scores of unit-rms vectors are at most √K, so exp needs no maximum subtracted, and the
+    normalisation can follow the product with v. Other platforms use JAX's call, which XLA compiles to plain operations.
     """
     S, K = q.shape[1], q.shape[-1]
     if jax.default_backend() != 'cpu':
@@ -167,15 +167,18 @@ ARCHS = {'mlp': MLP, 'transformer': Transformer}
 
 @functools.cache
 def structure(arch, cfg):
-    """(graphdef, params, roles) of a model without allocating it: params and roles are nested dicts of the same shape, of
-    ShapeDtypeStruct and of role names. `nnx.merge(graphdef, params)` is the callable model."""
+    """(graphdef, params, roles) of a model, without allocating it.
+
+    params and roles are nested dicts of the same structure, of ShapeDtypeStruct and of role names. nnx.merge(graphdef, params) is
+    the callable model.
+    """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: ARCHS[arch](cfg, nnx.Rngs(0))), nnx.Param)
     roles = jax.tree.map(lambda w: w.get_metadata('role'), state, is_leaf=lambda w: isinstance(w, nnx.Param))
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(roles)
 
 
 def init(arch, cfg, key):
-    """The initial weights as a nested dict of float32 arrays; a pure function of the PRNG key, so it can be jitted and vmapped."""
+    """The initial weights, a nested dict of float32 arrays. A pure function of the PRNG key."""
     return nnx.to_pure_dict(nnx.state(ARCHS[arch](cfg, nnx.Rngs(key)), nnx.Param))
 
 
@@ -189,10 +192,10 @@ def param_groups(arch, cfg):
 
 
 def train_flops_per_token(arch, cfg):
-    """FLOPs of one training step a token, forward and backward: 6 a weight used in a matrix product, plus 12·N·L·D for attention.
+    """FLOPs per token of a training step: 6 for each weight in a matrix product, and 12·N·L·D for attention.
 
-    For the MLP this is the 6p of the scaling law (every weight is used in a product); for the transformer the embedding tables
-    are looked up, not multiplied, so it is 6(p - VD - LD) + 12NLD. Use it for speeds; C = 6tp is the law's compute.
+    For the MLP this is 6p. A transformer's embedding tables are looked up rather than multiplied, so it is 6(p - VD - LD) + 12NLD.
+    It serves speeds only; the compute of the scaling law is C = 6tp.
     """
     groups = param_groups(arch, cfg)
     if arch == 'mlp':

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import model as models
+
 # Shape f(u) of each decay, u in [0, 1] through it (paper, §2.5 and appendix A).
 SCHEDULES = {
     'const': lambda u: np.ones_like(u),
@@ -48,15 +50,21 @@ def peak_lr(role, run):
     return o.lr * by_role[role] * (width[role] if o.mup else 1.0)
 
 
+def peak_lrs(run):
+    """The peak learning rate of every weight, in the tree of the parameters."""
+    _, _, roles = models.structure(run.arch, run.model)
+    return jax.tree.map(lambda role: np.float32(peak_lr(role, run)), roles)
+
+
 def adam(run):
-    """Bias-corrected Adam and decoupled weight decay as an optax transformation; learning rates are applied in `descend`."""
+    """Bias-corrected Adam and decoupled weight decay as an optax transformation; learning rates are applied in apply_updates."""
     o = run.opt
     return optax.chain(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps), optax.add_decayed_weights(o.weight_decay))
 
 
-def descend(params, updates, peak_lrs, s):
-    """params - s·peak_lr·update, leaf by leaf; s is the schedule's factor at this step."""
-    return jax.tree.map(lambda w, u, lr: w - s * lr * u, params, updates, peak_lrs)
+def apply_updates(params, updates, peak_lrs, lr_scale):
+    """params - lr_scale·peak_lr·update, leaf by leaf; lr_scale is the schedule at this step."""
+    return jax.tree.map(lambda w, u, lr: w - lr_scale * lr * u, params, updates, peak_lrs)
 
 
 def preconditioner(moments, peak_lrs, run):

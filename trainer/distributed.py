@@ -1,85 +1,118 @@
-"""The devices that train a run, and the processes that hold them: cores, joining through jax.distributed, agreeing on what is next.
+"""Devices and processes: starting them, choosing the devices of a batch, and exchanging small values between processes.
 
-Each process has the devices of its own machine, reads its rows of every batch, and computes on the mesh of all; only the first
-writes records. What they compute is train.py's.
+Each process drives the devices of its own machine and reads its rows of every batch. All of them compute on one mesh. The main
+process alone writes records.
 """
 import importlib.util
 import os
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+MESSAGE_BYTES = 400  # of an error that one process tells the others
 
-def join(num_processes=None, process_id=None, coordinator=None, alone=False):
-    """Joins the processes that are named; with None, those of a TPU pod or a Slurm step of several tasks, if it is one of them.
-    alone: only if they are named. To be called before JAX is used. Raises ValueError.
+
+def initialize(num_processes=None, process_id=None, coordinator=None, automatic=True):
+    """Joins the processes of one run through jax.distributed. Call it before JAX is used.
+
+    With num_processes=None the processes are those of a Slurm step of several tasks or of a TPU pod, if `automatic`; otherwise this
+    process trains alone. Raises ValueError if they cannot be joined.
     """
     slurm = int(os.environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_STEP_NODELIST' in os.environ
-    if num_processes == 1 or num_processes is None and (alone or not (slurm or importlib.util.find_spec('libtpu'))):
+    found = automatic and (slurm or importlib.util.find_spec('libtpu') is not None)
+    if num_processes == 1 or (num_processes is None and not found):
         return
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    except ValueError as error:  # with None: a TPU of one host
-        if num_processes is not None or slurm:
+    except ValueError as error:
+        if num_processes is not None or slurm:  # otherwise libtpu is installed, and this is no pod
             raise ValueError(f'num_processes={num_processes}: {error} Set coordinator=HOST:PORT, num_processes and process_id=0 …, '
                              'or num_processes=1') from error
 
 
-def each_core_a_device():
-    """Makes every core of a CPU a device, as $JAX_NUM_CPU_DEVICES does: alone on its rows of a batch, a core waits for the others
-    once a step and not at each operation. To be called before JAX is used."""
+def use_every_core():
+    """Makes every CPU core a device, unless $JAX_NUM_CPU_DEVICES or $XLA_FLAGS say otherwise. Call it before JAX is used.
+
+    Cores that hold their own rows of a batch wait for each other once a step instead of at each operation.
+    """
     if 'JAX_NUM_CPU_DEVICES' not in os.environ and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         jax.config.update('jax_num_cpu_devices', cores)
 
 
-def devices(B, pieces=1) -> list:
-    """The devices that a batch of B examples, taken in so many pieces, is spread over: all there are, or of the cores of a CPU as
-    many as it divides among. Raises ValueError."""
-    found = jax.devices()
-    if jax.default_backend() == 'cpu' and jax.process_count() == 1:
-        return found[:max(n for n in range(1, len(found) + 1) if B // pieces % n == 0)]
-    if B // pieces % len(found):
-        raise ValueError(f'opt.B={B} in {pieces} piece(s) cannot be spread evenly over {len(found)} devices; set opt.B to a '
-                         f'multiple of {len(found) * pieces}')
-    return found
+def devices_for(B, microbatches=1) -> list:
+    """The devices that a batch of B examples, taken in `microbatches` pieces, is split over.
 
-
-def compiler_options(count) -> dict:
-    """For a program on so many devices: where they are the cores of a CPU, each computes with one thread.
-
-    Not also without XLA's YNNPACK fusions, though that would be a twentieth faster: jaxlib 0.10.2 then gets 96 examples of each
-    device wrong in an evaluation at D = 384 and B = 4096 (tests/measure_hosts.py).
+    All devices; of a single process's CPU cores, the largest number that divides a piece. Raises ValueError if B does not divide.
     """
-    return {'xla_cpu_multi_thread_eigen': False} if count > 1 and jax.default_backend() == 'cpu' else {}
+    devices = jax.devices()
+    piece = B // microbatches
+    if devices[0].platform == 'cpu' and jax.process_count() == 1:
+        return devices[:max(n for n in range(1, len(devices) + 1) if piece % n == 0)]
+    if piece % len(devices):
+        raise ValueError(f'opt.B={B} in {microbatches} piece(s) cannot be split evenly over {len(devices)} devices; set opt.B to a '
+                         f'multiple of {len(devices) * microbatches}')
+    return devices
 
 
-def compile_quickly() -> dict:
-    """For a program that runs once: random draws take a CPU's compiler seconds to optimise."""
-    return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
+def compiler_options(devices) -> dict:
+    """XLA options of a program on these devices: CPU cores that are devices of their own compute with one thread each.
+
+    XLA's YNNPACK fusions stay on. Without them a step is a twentieth faster, but jaxlib 0.10.2 then evaluated 96 examples of each
+    device wrongly at D = 384 and B = 4096 (tests/measure_distributed.py).
+    """
+    return {'xla_cpu_multi_thread_eigen': False} if len(devices) > 1 and devices[0].platform == 'cpu' else {}
 
 
-def first() -> bool:
-    """Whether this is the process that writes."""
+def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def rows(B) -> slice:
-    """The rows of a batch of B that this process reads."""
+def local_rows(B) -> slice:
+    """The rows of a batch of B examples that this process reads."""
     share = B // jax.process_count()
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def agree(stop, *numbers):
-    """(the largest of the processes' stop, the first process's numbers), integers: the same in all of them."""
+def any_process(value) -> int:
+    """The largest of the processes' integers (True is 1): the same in all of them."""
+    return int(_gather(value).max())
+
+
+def broadcast(*values) -> list[int]:
+    """The main process's integers, in all processes."""
+    return [int(v) for v in _gather(*values)[0]]
+
+
+def _gather(*values):  # [processes, len(values)]
     if jax.process_count() == 1:
-        return stop, *numbers
-    everyones = multihost_utils.process_allgather(np.array([stop, *numbers], np.int32))  # [processes, n]
-    return int(everyones[:, 0].max()), *map(int, everyones[0, 1:])
+        return np.array([values], np.int64)
+    return multihost_utils.process_allgather(np.array(values, np.int32))
 
 
-def place_whole(tree, sharding):
-    """Arrays that every process has whole, on the devices of all."""
+@contextmanager
+def shared_errors():
+    """An error of one process in this block is raised in all of them, so that none waits for a process that has ended.
+
+    Covers ValueError and OSError, which a user can mend. The other processes raise a ValueError with the same message.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as own:
+        error = own
+    if jax.process_count() > 1:
+        message = np.frombuffer(str(error or '').encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b'\0'), np.uint8)
+        for process, received in enumerate(multihost_utils.process_allgather(message)):
+            if text := bytes(received).rstrip(b'\0').decode(errors='ignore'):
+                raise error or ValueError(f'process {process}: {text}')
+    if error:
+        raise error
+
+
+def put_global(tree, sharding):
+    """The arrays of a tree, which every process holds whole, placed on the devices of all processes."""
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, np.asarray(a).__getitem__), tree)

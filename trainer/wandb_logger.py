@@ -1,97 +1,122 @@
-"""A run's copy in W&B, and what a W&B agent tells the run: the only file of the training that knows W&B.
+"""The copy of a run in W&B. The only file of the trainer that knows W&B.
 
-The record on disk, which it copies, is record.py's; reading W&B back is save_logs.py's.
+The record on disk, which is the original, is run_folder.py's. Reading W&B back is save_logs.py's.
 """
 import functools
 import os
+import queue
 import secrets
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import threading
+import time
+from functools import partial
 
-import yaml
+from trainer import config, distributed
+from trainer.process import brief, note, warn
 
-from trainer import config
-from trainer import distributed as hosts
-from trainer.checkpoint import brief, warn
-
-PATIENCE = 90  # seconds that the copy waits for a server at its start, and the run at its end
+TIMEOUT = 90  # seconds that W&B's client waits for its server, at the start and at the end of a run
+TIMEOUT_INTERRUPTED = 15  # seconds that a run which a signal has stopped waits for W&B
 
 
-class Mirror:
-    """A run's copy in W&B, fed by a thread of its own, so that training never waits for a server.
+class WandbLogger:
+    """Writes one run to W&B from a thread of its own, so that training never waits for a server.
 
-    A server that cannot be reached at the start leaves the record offline, for `wandb sync`; one that fails later is waited for at
-    the end, PATIENCE seconds. Rows are numbered: a run that goes on gives W&B the whole curve again, which takes what it lacks.
+    Rows are numbered. A run that resumes sends its whole curve again, and W&B keeps what it lacks. If the server does not answer
+    at the start, the copy is written offline, for `wandb sync`.
     """
 
-    def __init__(self, run, seed, summary, rows):
-        self.thread, self.online, folder = ThreadPoolExecutor(1), run.wandb_mode == 'online', summary['folder']
-        shutil.rmtree(f'{folder}/wandb', ignore_errors=True)  # of sessions whose rows this one repeats
-        self.sweep = agents_run() if seed == run.all_seeds[0] else {}
-        here = yaml.safe_load(Path(folder, 'config.yaml').read_text())['environment']
-        self.origin = {key: here[key] for key in ('revision', 'device')}  # not configuration: W&B would hand it out again as keys
-        values = config.flatten(config.settings(run, seed))
-        self.run = self.thread.submit(self._open, run, summary['name'], folder, summary['wandb_id'], values)
+    def __init__(self, run, seed, summary, rows, origin, stops=()):
+        """summary: of the run folder; rows: evaluations so far; origin: revision and device; stops: signals received so far."""
+        self.stops, self.folder, self.run, self.error = stops, summary['folder'], None, None
+        self.online = run.wandb_mode == 'online'
+        self.sweep = agent_environment() if seed == run.all_seeds[0] else {}  # W&B knows one run of a group
+        self.origin = origin  # goes to the summary: W&B would hand configuration out again as overrides
+        shutil.rmtree(f'{self.folder}/wandb', ignore_errors=True)  # of earlier sessions, whose rows this one sends again
+        self.calls = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+        self.calls.put(partial(self._open, run, seed, summary))
         for index, row in enumerate(rows):
             self.log(index, row)
 
-    def _open(self, run, name, folder, wandb_id, values):
-        import wandb  # a second of start-up that a run with wandb_mode=disabled does without
+    def _work(self):
+        """Makes the calls in order until a None. The first error is kept; the calls after it are still made."""
+        while call := self.calls.get():
+            try:
+                call()
+            except Exception as error:  # of any kind: W&B's client is not to stop a training whose record is on disk
+                self.error = self.error or error
 
-        values |= {'seeds': run.seeds} if self.sweep else {}  # given out again, it trains them all
-        project = os.environ.get('WANDB_PROJECT', run.wandb_project) if agents_run() else run.wandb_project  # the sweep's
-        wanted = dict(project=project, name=name, tags=[run.wandb_tag], dir=folder, reinit='create_new',
-                      config={**values, **{short: values[key] for short, key in config.SHORT_NAMES.items()}})
+    def _open(self, run, seed, summary):
+        import wandb  # takes a second, which a run with wandb_mode=disabled does without
 
-        def begin(mode, run_id):
-            return wandb.init(mode=mode, resume='allow' if mode == 'online' else None, **wanted, settings=wandb.Settings(
-                run_id=run_id, sweep_id=self.sweep.get('sweep_id'), init_timeout=PATIENCE, finish_timeout=PATIENCE,
-                finish_timeout_raises=True, silent=True, console='off', x_disable_stats=True))
-
-        run_id = self.sweep.get('run_id', wandb_id)
-        try:
-            opened = begin(run.wandb_mode, run_id)
-        except wandb.Error as error:
-            warn(f'W&B does not answer ({brief(error)}); to upload the run later, the same command, or  wandb sync --id {run_id} '
-                 f'{folder}/wandb/offline-run-*')
-            self.online = False
-            opened = begin('offline', secrets.token_hex(4))  # W&B's client takes an id once in a process
-        opened.define_metric('*', step_metric='step')
+        values = config.flatten(config.settings(run, seed))
         if self.sweep:
-            opened.mark_preempting()  # a sweep's run that ends without a word, or not with 0, is given out again
-        return opened
+            values['seeds'] = run.seeds  # a requeued run trains them all again
+        settings = dict(sweep_id=self.sweep.get('sweep_id'), init_timeout=TIMEOUT, finish_timeout=TIMEOUT,
+                        finish_timeout_raises=True, silent=True, console='off', x_disable_stats=True)
+        arguments = dict(
+            project=os.environ.get('WANDB_PROJECT', run.wandb_project) if agent_environment() else run.wandb_project,
+            name=summary['name'], tags=[run.wandb_tag], dir=self.folder, reinit='create_new',
+            config=values | {short: values[key] for short, key in config.SHORT_NAMES.items()})
+        run_id = self.sweep.get('run_id', summary['wandb_id'])
+        try:
+            self.run = wandb.init(mode=run.wandb_mode, resume='allow' if self.online else None, **arguments,
+                                  settings=wandb.Settings(run_id=run_id, **settings))
+        except wandb.Error as error:
+            warn(f'W&B does not answer ({brief(error)}); the run is recorded offline. To upload it later, repeat the command, or '
+                 f'run  wandb sync --id {run_id} {self.folder}/wandb/offline-run-*')
+            self.online = False
+            # under another id: the client refuses to open one id twice in a process
+            self.run = wandb.init(mode='offline', **arguments, settings=wandb.Settings(run_id=secrets.token_hex(4), **settings))
+        self.run.define_metric('*', step_metric='step')
+        if self.sweep:
+            self.run.mark_preempting()  # W&B requeues a run that ends without exit code 0, or without a word
 
     def log(self, index, row):
-        self.thread.submit(lambda: self.run.result().log(row, step=index))
+        self.calls.put(lambda: self.run.log(row, step=index))
 
-    def finish(self, summary):
-        """Ends it; returns whether W&B has all of it.
+    def finish(self, summary) -> bool:
+        """Ends the copy and returns whether W&B has all of it.
 
-        In a sweep only an interrupted run ends with an error for W&B: any other would end the same way again, and again.
+        In a sweep only an interrupted run reports an error, since W&B would requeue a diverged or failed one for ever. A signal
+        ends the waiting for a server that does not answer.
         """
-        again = summary['state'] == 'interrupted' if self.sweep else summary['state'] not in ('finished', 'stopped')
+        requeue = summary['state'] == 'interrupted' if self.sweep else summary['state'] not in ('finished', 'stopped')
 
         def end():
-            self.run.result().summary.update(summary | self.origin)
-            self.run.result().finish(exit_code=int(again))
+            self.run.summary.update(summary | self.origin)
+            self.run.finish(exit_code=int(requeue))
 
-        try:
-            self.thread.submit(end).result()
-        except Exception as error:  # whatever befell W&B, the record on disk is whole, and the training has ended as it has
-            warn(f'W&B did not take all of it ({brief(error)}); the same command gives it the rest, or  wandb sync '
-                 f'{summary["folder"]}/wandb/run-*')
+        self.calls.put(end)
+        self.calls.put(None)
+        self._wait()
+        if self.thread.is_alive() or self.error:
+            reason = brief(self.error) if self.error else 'no answer'
+            warn(f'W&B did not receive all of the run ({reason}); repeat the command to send the rest, or run  wandb sync '
+                 f'{self.folder}/wandb/run-*')
             return False
-        finally:
-            self.thread.shutdown()
         return self.online
+
+    def _wait(self):
+        """Until the thread has ended, or a signal tells to stop waiting."""
+        begun, signals, told = time.monotonic(), len(self.stops), False
+        while self.thread.is_alive():
+            self.thread.join(0.2)
+            waited = time.monotonic() - begun
+            if len(self.stops) > signals or (signals and waited > TIMEOUT_INTERRUPTED):
+                return
+            if waited > 2 and not told:
+                told = True
+                limit = TIMEOUT_INTERRUPTED if signals else TIMEOUT
+                note(f'waiting up to {limit} s for W&B; the record in {self.folder} is complete, and Ctrl-C stops the waiting')
 
 
 def log_in(run):
-    """Makes sure that there is a W&B key, without asking the server, where a run is to be mirrored online. Raises ConfigError."""
-    if run.wandb_mode != 'online' or not hosts.first():
+    """Makes sure, without asking the server, that there is a W&B key if a run is to be copied online. Raises ConfigError."""
+    if run.wandb_mode != 'online' or not distributed.is_main_process():
         return
-    agents_run()  # before W&B reads the environment
+    agent_environment()  # before W&B reads the environment
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -102,12 +127,13 @@ def log_in(run):
 
 
 @functools.cache
-def agents_run() -> dict:
-    """What a W&B agent tells this process of its sweep's run, {} without an agent.
+def agent_environment() -> dict:
+    """{sweep_id, run_id} that a W&B agent has started this process with, {} without an agent.
 
-    It is taken out of the environment, where every run that this process opens would find it: only the first seed is the sweep's.
+    They are taken out of the environment, where every run that this process opens would find them: only the first seed is the
+    sweep's.
     """
     if 'WANDB_SWEEP_ID' not in os.environ:
         return {}
-    os.environ.pop('WANDB_SWEEP_PARAM_PATH', None)  # the point's values, which reach us as overrides
+    os.environ.pop('WANDB_SWEEP_PARAM_PATH', None)  # values that also reach us as overrides
     return {'sweep_id': os.environ.pop('WANDB_SWEEP_ID'), 'run_id': os.environ.pop('WANDB_RUN_ID')}

@@ -1,0 +1,42 @@
+"""The command line of train.py: its help, and its checks before Hydra reads it."""
+import os
+import sys
+
+from trainer import config
+from trainer.process import one_line_errors
+
+EXAMPLE = ('python train.py -cn mlp model.D=64 model.N=5 opt.lr=0.001 opt.readout_lr_mult=1 opt.schedule=linear T=2e6 num_evals=20 '
+           'T_eval=20480')
+FLAGS = ('-cn', '--config-name')
+
+
+def run(main):
+    """Calls main(), a hydra.main function, with the words of the command line as Hydra is to see them."""
+    os.environ.setdefault('HYDRA_FULL_ERROR', '1')  # Hydra raises errors in overrides instead of printing them
+    words = sys.argv[1:]
+    if '-h' in words or '--help' in words:
+        print(usage())
+        return
+    with one_line_errors():
+        if not any(word.startswith('--hydra-help') for word in words):
+            check_config_name(words)
+        sys.argv[1:] = map(config.as_override, words)
+        main()
+
+
+def usage() -> str:
+    return (f'usage: python train.py -cn CONFIG [key=value …]\n\nCONFIG is one of {", ".join(config_names())}; for example\n'
+            f'  {EXAMPLE}\n\nThe keys and their defaults (configs/default.yaml):\n\n{(config.CONFIGS / "default.yaml").read_text()}')
+
+
+def check_config_name(words):
+    """Raises ConfigError if the words name no configuration, or one that does not exist."""
+    names = [words[i + 1] for i, word in enumerate(words[:-1]) if word in FLAGS]
+    names += [word.partition('=')[2] for word in words if word.startswith(tuple(f'{flag}=' for flag in FLAGS))]
+    if not names:
+        raise config.ConfigError(f'no configuration is named; choose one of {", ".join(config_names())}, for example  {EXAMPLE}')
+    config.check_config_name(names[-1].removesuffix('.yaml'))
+
+
+def config_names() -> list[str]:
+    return sorted(path.stem for path in config.CONFIGS.glob('*.yaml'))

@@ -1,0 +1,168 @@
+"""The compiled programs of a run: initialise, train and evaluate, for all its seeds at once, and how their arrays are sharded.
+
+The functions are pure and written for one seed. `over_seeds` is the one place that maps them over several.
+"""
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import data
+import model as models
+import optimizer
+from trainer import distributed
+
+PROBE_BYTES = 1 << 26  # of features and logits kept between evaluations, all seeds together: 64 MiB
+
+
+class State(NamedTuple):
+    """All that training needs to resume, for one seed. In the compiled programs every leaf has a seed axis in front."""
+    params: Any
+    moments: Any           # of the optimiser
+    step: jax.Array        # updates done
+    loss_sum: jax.Array    # of the training batches since the last evaluation
+    loss_count: jax.Array
+    probe: tuple           # features and logits of the first test batch at the last evaluation
+
+
+class Problem(NamedTuple):
+    """What the functions below are given besides arrays; constant while a run trains."""
+    run: Any         # config.Run
+    task: data.Task
+    graphdef: Any    # of the model: nnx.merge(graphdef, params) is callable
+    adam: Any        # optax.GradientTransformation
+    probe_rows: int  # sequences of the first test batch whose features and logits are compared between evaluations
+
+
+class Programs(NamedTuple):
+    """The jitted programs of a run with S seeds, and the shardings of their arguments."""
+    init: Any      # (keys [S], test) -> State
+    train: Any     # (state, peak_lrs, raw data of M steps, lr_scales [M], first, count) -> State, `count` steps on from row `first`
+    evaluate: Any  # (state, peak_lrs, test) -> State, {name: [S]}
+    raw_sharding: Any
+    test_sharding: Any
+    state_shardings: Any
+
+
+def build(run, task, devices=None) -> Programs:
+    """The programs of a run on these devices (default: distributed.devices_for). Nothing is compiled yet."""
+    devices = devices or distributed.devices_for(run.opt.B, run.derived.microbatches)
+    mesh = jax.sharding.Mesh(devices, ('data',))
+    problem = make_problem(run, task)
+    seed_axis = [None] * task.per_seed  # in front of the examples of a batch
+    whole = NamedSharding(mesh, PartitionSpec())
+    batch_sharding = NamedSharding(mesh, PartitionSpec(*seed_axis, 'data'))
+    raw_sharding = NamedSharding(mesh, PartitionSpec(None, *seed_axis, 'data')) if task.in_rows else whole
+
+    init = over_seeds(partial(initial_state, problem), key=0, test=None)
+    keys = jax.random.split(jax.random.key(0), len(run.all_seeds))
+    state_shardings = jax.tree.map(partial(state_sharding, mesh, run.model.fsdp_enabled), jax.eval_shape(init, keys, task.test))
+    options = distributed.compiler_options(devices)
+    return Programs(
+        init=jax.jit(init, out_shardings=state_shardings, compiler_options=data.fast_compile_options()),
+        train=jax.jit(partial(train_steps, problem, batch_sharding), donate_argnums=0, out_shardings=state_shardings,
+                      compiler_options=options),
+        evaluate=jax.jit(over_seeds(partial(evaluate, problem), state=0, peak_lrs=None, test=None), donate_argnums=0,
+                         out_shardings=(state_shardings, whole), compiler_options=options),
+        raw_sharding=raw_sharding,
+        test_sharding=NamedSharding(mesh, PartitionSpec(None, 'data')),
+        state_shardings=state_shardings)
+
+
+def make_problem(run, task) -> Problem:
+    graphdef, _, _ = models.structure(run.arch, run.model)
+    entries = len(run.all_seeds) * run.model.L * (run.model.D + run.model.V)  # float32 numbers of features and logits a sequence
+    rows = min(run.opt.B // run.derived.microbatches, PROBE_BYTES // (4 * entries))
+    return Problem(run, task, graphdef, optimizer.adam(run), max(1, rows))
+
+
+def state_sharding(mesh, fsdp, leaf):
+    """Sharding of a leaf [S, …] of the state: whole on every device, or with FSDP split along its longest axis that divides."""
+    axes = [i for i in range(1, leaf.ndim) if leaf.shape[i] % mesh.size == 0] if fsdp else []
+    longest = max(axes, key=lambda i: leaf.shape[i], default=None)
+    return NamedSharding(mesh, PartitionSpec(*['data' if i == longest else None for i in range(leaf.ndim)]))
+
+
+def over_seeds(function, **axes):
+    """The function over all seeds at once (jax.vmap): a named argument has a seed axis in front (0) or is shared (None)."""
+    return jax.vmap(function, in_axes=tuple(axes.values()))
+
+
+# One seed
+
+def initial_state(problem, key, test):
+    run = problem.run
+    params = models.init(run.arch, run.model, key)
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(partial(probe, problem), params, test))
+    return State(params, problem.adam.init(params), jnp.int32(0), jnp.float32(0), jnp.int32(0), empty)
+
+
+def loss_sum(problem, params, batch):
+    """(sum of the losses of the targets that count, their number) of a batch."""
+    f, _ = nnx.merge(problem.graphdef, params)(batch.x)
+    return data.weighted_sum(problem.task.loss(f, batch.y), batch.weight)
+
+
+def batch_gradient(problem, params, batch):
+    """((loss sum, weight), gradient of the mean loss) of a batch, accumulated over run.derived.microbatches pieces."""
+    def piece_gradient(batch):
+        (total, weight), g = jax.value_and_grad(partial(loss_sum, problem), has_aux=True)(params, batch)
+        return total, weight, g
+
+    n = problem.run.derived.microbatches
+    if n == 1:
+        total, weight, g = piece_gradient(batch)
+    else:
+        # A piece takes every n-th example, so that each device holds an equal share of each piece.
+        pieces = jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:]).swapaxes(0, 1), batch)
+        shapes = jax.eval_shape(piece_gradient, jax.tree.map(lambda a: a[0], pieces))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        (total, weight, g), _ = jax.lax.scan(lambda sums, b: (jax.tree.map(jnp.add, sums, piece_gradient(b)), None), zero, pieces)
+    return (total, weight), jax.tree.map(lambda g: g / jnp.maximum(weight, 1), g)  # without a target that counts, the gradient is 0
+
+
+def probe(problem, params, test):
+    """Features and logits, float32, of the first rows of the first test batch."""
+    f, h = nnx.merge(problem.graphdef, params)(test.x[0, :problem.probe_rows])
+    return h.astype(jnp.float32), f
+
+
+def train_step(problem, state, peak_lrs, batch, lr_scale):
+    """The state after one update, with the learning rates peak_lrs · lr_scale."""
+    (total, weight), g = batch_gradient(problem, state.params, batch)
+    updates, moments = problem.adam.update(g, state.moments, state.params)
+    params = optimizer.apply_updates(state.params, updates, peak_lrs, lr_scale)
+    return state._replace(params=params, moments=moments, step=state.step + 1,
+                          loss_sum=state.loss_sum + total / jnp.maximum(weight, 1), loss_count=state.loss_count + 1)
+
+
+def evaluate(problem, state, peak_lrs, test):
+    """(state with the running training loss reset, {name: scalar}): losses and gradient trace on the test batches [n, B, …]."""
+    run = problem.run
+    P = optimizer.preconditioner(state.moments, peak_lrs, run)
+    (totals, weights), trace = optimizer.gradient_trace(partial(batch_gradient, problem, state.params), test, P, run.opt.B)
+    h, f = probe(problem, state.params, test)
+    metrics = {'test_loss': jnp.sum(totals) / jnp.sum(weights), 'train_loss': state.loss_sum / state.loss_count, **trace,
+               'h': rms(h), 'f': rms(f), 'dh': rms(h - state.probe[0]), 'df': rms(f - state.probe[1])}
+    return state._replace(loss_sum=jnp.float32(0), loss_count=jnp.int32(0), probe=(h, f)), metrics
+
+
+def rms(a):
+    return jnp.sqrt(jnp.mean(a * a))
+
+
+# All seeds
+
+def train_steps(problem, batch_sharding, state, peak_lrs, raw, lr_scales, first, count):
+    """The state after `count` steps from row `first` of the raw data [M, …] and of lr_scales [M]."""
+    task = problem.task
+    step = over_seeds(partial(train_step, problem), state=0, peak_lrs=None, batch=0 if task.per_seed else None, lr_scale=None)
+
+    def body(i, state):
+        batch = task.batch(jax.tree.map(lambda a: a[i], raw))
+        return step(state, peak_lrs, jax.lax.with_sharding_constraint(batch, batch_sharding), lr_scales[i])
+
+    return jax.lax.fori_loop(first, first + count, body, state)
