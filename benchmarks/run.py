@@ -27,8 +27,7 @@ import data
 import model as models
 import optimizer
 import train
-from trainer import config
-from trainer import distributed as hosts
+from trainer import config, distributed, process, programs, speed
 
 REPEATS = 5
 SECONDS = 1.5  # of device time a repeat
@@ -71,8 +70,8 @@ def random_tokens():
 def measure_run(run):
     S = len(run.all_seeds)
     task = data.open_task(run, run.all_seeds)
-    program = train.programs(run, task)
-    peak_lrs = train.peak_rates(run)
+    program = programs.build(run, task)
+    peak_lrs = optimizer.peak_lrs(run)
     test = jax.device_put(task.test, program.test_sharding)
     state = program.init(jnp.stack([jax.random.key(seed) for seed in run.all_seeds]), test)
     raw = jax.device_put(task.block(0), program.raw_sharding)
@@ -95,7 +94,7 @@ def measure_run(run):
     def updates(state, n):  # the optimiser alone, the weights standing for a gradient
         def one(state):
             u, moments = optimizer.adam(run).update(state.params, state.moments, state.params)
-            return state._replace(params=optimizer.descend(state.params, u, peak_lrs, 1e-9), moments=moments)
+            return state._replace(params=optimizer.apply_updates(state.params, u, peak_lrs, 1e-9), moments=moments)
         return jax.lax.fori_loop(0, n, lambda _, state: jax.vmap(one)(state), state)
 
     def chains(weights, x, n):  # for each weight the three products of its training, chained so that none can be left out
@@ -107,7 +106,7 @@ def measure_run(run):
             return w / (1e-6 + jnp.max(jnp.abs(w)))
         return jax.lax.fori_loop(0, n, lambda _, weights: list(map(one, weights)), weights)
 
-    options = hosts.compiler_options(mesh.size)
+    options = distributed.compiler_options(mesh.size)
     make, update, multiply = (jax.jit(part, compiler_options=options) for part in (batches, updates, chains))
     weights = product_weights(run, S)
     x = {w.shape[1]: jnp.ones((S, run.opt.B * run.model.L, w.shape[1])) for w in weights}
@@ -120,15 +119,15 @@ def measure_run(run):
         jax.block_until_ready(warm())
     times = {name: [] for name in ('rate', 'step', 'data', 'optimiser', 'products', 'host', 'evaluation')}
     for _ in range(REPEATS):
-        train.matmul_rate.cache_clear()
-        times['rate'].append(train.matmul_rate())
+        speed.matmul_rate.cache_clear()
+        times['rate'].append(speed.matmul_rate())
         state, seconds = timed(lambda state=state: step(state, peak_lrs, raw, s, np.int32(0), np.int32(n)))
         times['step'].append(seconds / n)
         times['data'].append(timed(lambda: make(raw, n))[1] / n)
         times['optimiser'].append(timed(lambda state=state: update(state, n))[1] / n)
         times['products'].append(timed(lambda: multiply(weights, x, n))[1] / n)
         state, seconds = timed(lambda state=state: step(state, peak_lrs, raw, s, np.int32(0), np.int32(0)))  # no step at all
-        times['host'].append(seconds / train.STRETCH_SECONDS * times['step'][-1])  # once a stretch: its share of a step
+        times['host'].append(seconds / train.DISPATCH_SECONDS * times['step'][-1])  # once a stretch: its share of a step
         (state, _), seconds = timed(lambda state=state: evaluate(state, peak_lrs, test))
         times['evaluation'].append(seconds)
     median = {k: statistics.median(v) for k, v in times.items()}
@@ -200,8 +199,8 @@ def main():
     parser.add_argument('--only', default='', help='rows whose description matches this pattern, e.g. "mlp.*D=64$"')
     parser.add_argument('--json', help='write the rows to this file')
     args = parser.parse_args()
-    hosts.each_core_a_device()
-    train.enable_compilation_cache()
+    distributed.use_every_core()
+    process.enable_compilation_cache()
     work = [w for w in grid() if re.search(args.only, f"{w[0]} ×{w[1]} {' '.join(w[2])}")]
     rows = [measure(*w) for w in tqdm(work, desc='bench', file=sys.stderr)]
     device = jax.devices()[0].device_kind

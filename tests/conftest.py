@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import train
-from trainer import config
+from trainer import config, process
 
 CONFIGS = Path(train.__file__).parent / 'configs'
 
@@ -32,7 +32,7 @@ def compilation_cache():
     """Compiled programs are kept from one test run to the next, in .jax_cache/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XDG_CACHE_HOME', str(CONFIGS.parent / '.jax_cache'))
-        train.enable_compilation_cache()
+        process.enable_compilation_cache()
         yield
 
 

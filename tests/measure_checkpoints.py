@@ -21,7 +21,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('dir', type=Path)
     folder = parser.parse_args().dir.absolute()
-    train.enable_compilation_cache()
+    process.enable_compilation_cache()
     with hydra.initialize_config_dir(str(Path(config.__file__).parent / 'configs'), version_base=None):
         run = config.resolve(hydra.compose('mlp', [
             'model.N=5', 'model.D=512', 'opt.lr=0.001', 'opt.readout_lr_mult=1', 'T=1e6', 'num_evals=2', 'T_eval=4096',
@@ -41,7 +41,7 @@ def main():
         ends.append(time.perf_counter() - begin)
 
     checkpoint.Checkpoints.save = timed_save
-    train.STRETCH_SECONDS = 0.0
+    train.DISPATCH_SECONDS = 0.0
     train.train(run, lambda steps, shown: None)
     size = 12 * run.derived.num_params / 1e6
     held, written = np.median(calls), np.median(ends)

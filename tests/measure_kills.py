@@ -21,10 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import config  # noqa: E402
-import hosts  # noqa: E402
-import record  # noqa: E402
 
 import train  # noqa: E402
+from trainer import (  # noqa: E402
+    distributed,
+    process,  # noqa: E402
+)
 
 SECONDS = 0.8  # of training, at most, that a session is left before it is ended
 INTERVAL = 0.2  # seconds between checkpoints
@@ -48,7 +50,7 @@ def resolve(name, *overrides):
 def session(overrides, stop_at, begun, done):
     """Trains from where the folder stands; a SIGTERM comes when `stop_at` steps are done. begun, done: steps, for the parent."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    train.STRETCH_SECONDS = STRETCH
+    train.DISPATCH_SECONDS = STRETCH
 
     def on_steps(steps, shown):
         if begun.value < 0:
@@ -59,8 +61,8 @@ def session(overrides, stop_at, begun, done):
         if done.value == stop_at:
             signal.raise_signal(signal.SIGTERM)
 
-    hosts.each_core_a_device()
-    train.enable_compilation_cache()
+    distributed.use_every_core()
+    process.enable_compilation_cache()
     try:
         train.train(resolve(*overrides), on_steps)
     except train.Interrupted:
@@ -99,11 +101,11 @@ def end_at_random(overrides, number, kills, steps, rng):
 
 def compare(kinds, steps):
     """Ends this process with 0 if the states at the last update are the same in both folders, bit for bit."""
-    hosts.each_core_a_device()  # Orbax restores onto what it saved from
+    distributed.use_every_core()  # Orbax restores onto what it saved from
     found = []
     for overrides in kinds:
         run = resolve(*overrides)
-        folders = [record.folder_of(run, seed) for seed in run.all_seeds]
+        folders = [run.folder(seed) for seed in run.all_seeds]
         found.append([leaves(folder, steps) for folder in folders])
     same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes() and a.dtype == b.dtype, *found)
     moved = any(np.asarray(leaf).any() for leaf in jax.tree.leaves(found[0]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import train
-from trainer import distributed as hosts
+from trainer import distributed
 
 ROOT = Path(train.__file__).parent
 # 40 steps on tokens.
@@ -39,7 +39,7 @@ def python(program, *arguments):
 @pytest.fixture(scope='module')
 def on_devices(tokens, tmp_path_factory):
     """{name: losses} of one run on one virtual device, and sharded over 8, in a process of their own; what XLA says of the memory
-    of a larger one; and of a step's FLOPs on one device and on each of eight, the batch in two pieces. (measure_hosts.py trains on
+    of a larger one; and of a step's FLOPs on one device and on each of eight, the batch in two pieces. (measure_distributed.py trains on
     2, 4 and 8 devices, and on 2 and 4 processes.)"""
     folder = tmp_path_factory.mktemp('devices')
     python('''
@@ -48,7 +48,7 @@ def on_devices(tokens, tmp_path_factory):
         import config, dry_run, train
 
         jax.config.update('jax_num_cpu_devices', 8)
-        train.enable_compilation_cache()
+        process.enable_compilation_cache()
         configs, out, tokens, *words = sys.argv[1:]
         devices = jax.devices()
 
@@ -121,19 +121,19 @@ def test_two_processes_compute_what_one_does(on_devices, tokens, tmp_path):
 
 
 def test_a_process_reads_its_rows(monkeypatch):
-    monkeypatch.setattr(hosts.jax, 'process_count', lambda: 4)
+    monkeypatch.setattr(distributed.jax, 'process_count', lambda: 4)
     rows = []
     for i in range(4):
-        monkeypatch.setattr(hosts.jax, 'process_index', lambda i=i: i)
-        rows += range(16)[hosts.rows(16)]
+        monkeypatch.setattr(distributed.jax, 'process_index', lambda i=i: i)
+        rows += range(16)[distributed.local_rows(16)]
     assert rows == list(range(16))
 
 
 def test_a_batch_spreads_over_all_devices_or_over_some_of_the_cores(monkeypatch):
-    monkeypatch.setattr(hosts.jax, 'devices', lambda: list(range(8)))
-    assert [len(hosts.devices(B)) for B in (96, 100, 7, 3)] == [8, 5, 7, 3]
-    assert len(hosts.devices(96, pieces=4)) == 8 and len(hosts.devices(96, pieces=8)) == 6
-    monkeypatch.setattr(hosts.jax, 'default_backend', lambda: 'gpu')
-    assert len(hosts.devices(96)) == 8
+    monkeypatch.setattr(distributed.jax, 'devices', lambda: list(range(8)))
+    assert [len(distributed.devices_for(B)) for B in (96, 100, 7, 3)] == [8, 5, 7, 3]
+    assert len(distributed.devices_for(96, pieces=4)) == 8 and len(distributed.devices_for(96, pieces=8)) == 6
+    monkeypatch.setattr(distributed.jax, 'default_backend', lambda: 'gpu')
+    assert len(distributed.devices_for(96)) == 8
     with pytest.raises(ValueError, match='opt.B=100 .* 8 devices; set opt.B to a multiple of 8'):
-        hosts.devices(100)
+        distributed.devices_for(100)

@@ -17,8 +17,7 @@ import pytest
 import model as models
 import optimizer
 import train
-from trainer import checkpoint
-from trainer import run_folder as record
+from trainer import checkpoint, run_folder
 
 OVERRIDES = ('opt.B=64', 'T=3840', 'num_evals=8', 'T_eval=128')  # 60 steps
 
@@ -40,7 +39,7 @@ def stop_at(*steps):
 def step_by_step():
     """The loop meets the device after every step, so that a signal stops it where the test says."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'STRETCH_SECONDS', 0.0)
+        patch.setattr(train, 'DISPATCH_SECONDS', 0.0)
         yield
 
 
@@ -166,7 +165,7 @@ def test_a_seed_that_cannot_save_does_not_cost_the_group_its_checkpoint(small_ml
 
 
 def test_rows_that_a_full_disk_refused_come_with_the_next(small_mlp, tmp_path, capsys):
-    one = record.Record(small_mlp(f'run_dir={tmp_path}/run'), 0)
+    one = run_folder.RunFolder(small_mlp(f'run_dir={tmp_path}/run'), 0)
     one.log({'step': 0})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -177,14 +176,14 @@ def test_rows_that_a_full_disk_refused_come_with_the_next(small_mlp, tmp_path, c
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     one.log({'step': 3})
     one.close('finished')
-    assert [row['step'] for row in record.read_history(tmp_path / 'run')] == [0, 1, 2, 3]
+    assert [row['step'] for row in run_folder.read_history(tmp_path / 'run')] == [0, 1, 2, 3]
     assert 'history.jsonl cannot be written' in capsys.readouterr().err
 
 
 def test_a_damaged_summary_is_one_line_that_says_what_to_do(stopped, straight):
     run, folder = stopped
     (folder / 'summary.json').write_text('')
-    with pytest.raises(record.RunFolderError, match='summary.json is damaged .* delete it') as refused:
+    with pytest.raises(run_folder.RunFolderError, match='summary.json is damaged .* delete it') as refused:
         train.train(run)
     assert '\n' not in str(refused.value)
     (folder / 'summary.json').unlink()
@@ -198,32 +197,32 @@ def test_a_second_process_gets_one_line_and_a_kill_releases_the_folder(small_mlp
     holder = subprocess.Popen([sys.executable, '-c', program, tmp_path / 'lock'], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == 'held\n'
-        with pytest.raises(record.RunFolderError, match='is being trained by another process') as refused:
+        with pytest.raises(run_folder.RunFolderError, match='is being trained by another process') as refused:
             train.train(run)
         assert '\n' not in str(refused.value) and [p.name for p in tmp_path.iterdir()] == ['lock']
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    with record.locked([tmp_path]), pytest.raises(record.RunFolderError), record.locked([tmp_path]):  # ours now, and once only
+    with run_folder.locked([tmp_path]), pytest.raises(run_folder.RunFolderError), run_folder.locked([tmp_path]):  # ours now, and once only
         pass
 
 
 def test_changed_data_are_noticed(small_transformer, write_tokens, tmp_path):
     tokens = write_tokens()
     run = small_transformer(tokens, f'run_dir={tmp_path}/run')
-    record.Record(run, 0).close('interrupted')
-    assert record.ended(run, 0) is None
+    run_folder.RunFolder(run, 0).close('interrupted')
+    assert run_folder.ended(run, 0) is None
     whole = (tokens / 'train.bin').read_bytes()
     (tokens / 'train.bin').write_bytes(whole[:-1] + b'\1')  # of the same size
-    with pytest.raises(record.RunFolderError, match='was trained on other data: train.bin of .* changed since') as refused:
+    with pytest.raises(run_folder.RunFolderError, match='was trained on other data: train.bin of .* changed since') as refused:
         train.train(run)
     assert '\n' not in str(refused.value)
     (tokens / 'train.bin').write_bytes(whole)
-    assert record.ended(run, 0) is None
-    record.Record(run, 0).close('finished')
+    assert run_folder.ended(run, 0) is None
+    run_folder.RunFolder(run, 0).close('finished')
     (tokens / 'train.bin').unlink()
-    assert record.ended(run, 0)['state'] == 'finished'  # what has finished needs no data
+    assert run_folder.ended(run, 0)['state'] == 'finished'  # what has finished needs no data
 
 
 def test_a_clock_that_goes_back_harms_nothing(small_mlp, straight, tmp_path, monkeypatch):
@@ -242,9 +241,9 @@ def test_an_exception_leaves_the_record_closed_as_failed(small_mlp, tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         train.train(run, on_steps)
-    summary = record.read_summary(tmp_path)
+    summary = run_folder.read_summary(tmp_path)
     assert summary['state'] == 'failed' and summary['error'] == 'ZeroDivisionError: a bug'
-    assert record.ended(run, 0) is None  # it is not over: the bug mended, it is trained
+    assert run_folder.ended(run, 0) is None  # it is not over: the bug mended, it is trained
 
 
 def test_nan_at_step_k_ends_that_seed_alone(small_mlp, tmp_path, monkeypatch):
@@ -254,7 +253,7 @@ def test_nan_at_step_k_ends_that_seed_alone(small_mlp, tmp_path, monkeypatch):
     run = small_mlp(*words, f'run_dir={tmp_path}/run')
     mark = models.init('mlp', run.model, jax.random.key(1))['embed'][0, 0]  # at rate 0 it stays, and tells the seeds apart
     at = np.float32(1 - 25 / 60)  # the schedule's factor at step 25
-    descend = optimizer.descend
+    descend = optimizer.apply_updates
 
     def broken(params, updates, peak_lrs, s):
         bad = (abs(params['embed'][0, 0] - mark) < 1e-5) & (abs(s - at) < 1e-4)
@@ -264,20 +263,20 @@ def test_nan_at_step_k_ends_that_seed_alone(small_mlp, tmp_path, monkeypatch):
     with pytest.raises(train.Interrupted):
         train.train(run, stop_at(20))
     assert went_on_from(run) == 20
-    kept, lost = (record.read_summary(tmp_path / 'run' / f'seed{seed}') for seed in (0, 1))
+    kept, lost = (run_folder.read_summary(tmp_path / 'run' / f'seed{seed}') for seed in (0, 1))
     assert kept['state'] == 'finished' and lost['state'] == 'diverged' and lost['steps'] in (26, 27)
-    last = record.read_history(tmp_path / 'run' / 'seed1')[-1]
+    last = run_folder.read_history(tmp_path / 'run' / 'seed1')[-1]
     assert 0 < last['step'] <= 25 and np.isfinite(last['test_loss'])  # its last finite evaluation is kept
-    ours, whole = (record.read_history(tmp_path / name / 'seed0') for name in ('run', 'whole'))
+    ours, whole = (run_folder.read_history(tmp_path / name / 'seed0') for name in ('run', 'whole'))
     for a, b in zip(ours, whole, strict=True):
         assert a == pytest.approx(b, rel=1e-4)  # the patched program is another one: float32 sums in another order
 
 
 def test_a_diverged_seed_stays_out_of_a_group_that_goes_on(small_mlp, tmp_path):
     run = small_mlp(*OVERRIDES, 'seeds=[0,1]', f'run_dir={tmp_path}')
-    record.Record(run, 0).close('diverged', steps=3)
+    run_folder.RunFolder(run, 0).close('diverged', steps=3)
     assert went_on_from(run) == 0
-    assert {s: record.read_summary(tmp_path / s)['state'] for s in ('seed0', 'seed1')} == {'seed0': 'diverged', 'seed1': 'finished'}
+    assert {s: run_folder.read_summary(tmp_path / s)['state'] for s in ('seed0', 'seed1')} == {'seed0': 'diverged', 'seed1': 'finished'}
 
 
 def test_the_analysis_names_what_diverged_and_leaves_it_out(small_mlp, tmp_path):
@@ -285,7 +284,7 @@ def test_the_analysis_names_what_diverged_and_leaves_it_out(small_mlp, tmp_path)
     from analysis import table
 
     for seed, end in ((0, 'finished'), (1, 'diverged')):
-        one = record.Record(small_mlp(*OVERRIDES, f'seed={seed}', f'run_dir={tmp_path}/seed{seed}'), seed)
+        one = run_folder.RunFolder(small_mlp(*OVERRIDES, f'seed={seed}', f'run_dir={tmp_path}/seed{seed}'), seed)
         for step in range(0, 61, 10):
             one.log({'step': step, 'tokens': 64 * step, 'test_loss': 1 / (1 + step)})
         one.close(end)

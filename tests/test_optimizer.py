@@ -107,7 +107,7 @@ def test_adam_agrees_with_plain_numpy(resolve):
     moments = adam.init(params)
     for g, s_t in zip(grads, s, strict=True):
         updates, moments = adam.update(jax.tree.map(jnp.float32, g), moments, params)
-        params = optimizer.descend(params, updates, lr, s_t)
+        params = optimizer.apply_updates(params, updates, lr, s_t)
 
     v_hat = {}
     for k in w:
@@ -189,7 +189,7 @@ def learn(resolve, arch, D, rates, steps, seeds, targets):
             params, moments = carry
             (value, _), g = jax.value_and_grad(loss, has_aux=True)(params, *batch)
             updates, moments = adam.update(g, moments, params)
-            return (optimizer.descend(params, updates, lrs, 1.0), moments), value
+            return (optimizer.apply_updates(params, updates, lrs, 1.0), moments), value
 
         params = models.init(arch, runs[True].model, jax.random.key(seed))
         (last, _), losses = jax.lax.scan(step, (params, adam.init(params)), (x[:steps], y[:steps]))

@@ -4,7 +4,7 @@ import signal
 import pytest
 
 import train
-from trainer import run_folder as record
+from trainer import run_folder
 
 
 class StopAt:
@@ -38,7 +38,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(small_mlp, straight, tmp_path, stop):
     run = small_mlp(*OVERRIDES, f'run_dir={tmp_path}')
     with pytest.raises(train.Interrupted):
         train.train(run, StopAt(stop))
-    assert record.read_summary(tmp_path / 'seed1')['state'] == 'interrupted'
+    assert run_folder.read_summary(tmp_path / 'seed1')['state'] == 'interrupted'
     before = (tmp_path / 'seed1' / 'history.jsonl').read_text()
     whole = (straight / 'seed1' / 'history.jsonl').read_text()
     assert before != whole and whole.startswith(before)  # the control: something was left to do
@@ -57,10 +57,10 @@ def test_a_run_that_starts_over_forgets_its_later_checkpoints(small_mlp, straigh
         train.train(small_mlp(*OVERRIDES, 'seeds=[0,1,2]', f'run_dir={tmp_path}'), StopAt(10))
     train.train(small_mlp(*OVERRIDES, f'run_dir={tmp_path}'))
     for seed in ('seed0', 'seed1'):
-        steps = [[row['step'] for row in record.read_history(folder / seed)] for folder in (tmp_path, straight)]
+        steps = [[row['step'] for row in run_folder.read_history(folder / seed)] for folder in (tmp_path, straight)]
         assert steps[0] == steps[1]
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     (tmp_path / 'history.jsonl').write_text('{"step": 0}\n{"step": 1}\n{"ste')
-    assert [row['step'] for row in record.read_history(tmp_path)] == [0, 1]
+    assert [row['step'] for row in run_folder.read_history(tmp_path)] == [0, 1]

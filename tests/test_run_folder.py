@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from trainer import config
-from trainer import run_folder as record
+from trainer import config, run_folder
 
 
 @pytest.fixture
@@ -26,22 +25,22 @@ def rows(folder):
 
 
 def test_rows_are_on_disk_as_they_happen_and_missing_is_absent(run_in, tmp_path):
-    one = record.Record(run_in(), 0)
+    one = run_folder.RunFolder(run_in(), 0)
     one.log({'step': 0, 'test_loss': 0.5, 'Buvar': math.nan})
     one.log({'step': 1, 'test_loss': 0.25, 'Buvar': math.inf, 'lr': 1e-9})
     assert rows(tmp_path / 'run') == [{'step': 0, 'test_loss': 0.5}, {'step': 1, 'test_loss': 0.25, 'lr': 1e-9}]  # before close
-    assert record.read_summary(tmp_path / 'run')['state'] == 'running'
+    assert run_folder.read_summary(tmp_path / 'run')['state'] == 'running'
     one.close('finished', steps=1)
     assert not list((tmp_path / 'run').glob('*.part'))
 
 
 def test_config_yaml_holds_what_ran(run_in, tmp_path):
     run = run_in('model.D=32')
-    record.Record(run, 0).close('finished')
+    run_folder.RunFolder(run, 0).close('finished')
     values = yaml.safe_load((tmp_path / 'run' / 'config.yaml').read_text())
     assert values['model']['D'] == 32 and values['T'] == 640 and values['seed'] == 0
     d = values['derived']
-    assert (d['num_params'], d['steps'], d['name']) == (8 * 32 + 2 * 32**2 + 32, 20, config.run_name(run, 0))
+    assert (d['num_params'], d['steps'], d['name']) == (8 * 32 + 2 * 32**2 + 32, 20, run.name(0))
     assert set(values['environment']['versions']) >= {'jax', 'flax', 'optax', 'numpy'}
     assert values['environment']['device'] and values['environment']['python']
 
@@ -49,27 +48,27 @@ def test_config_yaml_holds_what_ran(run_in, tmp_path):
 @pytest.mark.parametrize('state', ['finished', 'diverged', 'interrupted'])
 def test_summary_says_how_it_ended(run_in, tmp_path, state):
     run = run_in()
-    returned = record.Record(run, 0).close(state, steps=3, wall_seconds=1.5)
+    returned = run_folder.RunFolder(run, 0).close(state, steps=3, wall_seconds=1.5)
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-    assert summary == returned == record.read_summary(tmp_path / 'run')
+    assert summary == returned == run_folder.read_summary(tmp_path / 'run')
     assert (summary['state'], summary['seed'], summary['steps'], summary['wall_seconds']) == (state, 0, 3, 1.5)
-    assert record.ended(run, 0) == (None if state == 'interrupted' else summary)
+    assert run_folder.ended(run, 0) == (None if state == 'interrupted' else summary)
 
 
 def test_seconds_are_summed_over_sessions(run_in, tmp_path):
-    record.Record(run_in(), 0).close('interrupted', wall_seconds=3.0, steps=4)
-    killed = record.Record(run_in(), 0)
-    assert record.read_summary(tmp_path / 'run')['state'] == 'running' and record.ended(run_in(), 0) is None
+    run_folder.RunFolder(run_in(), 0).close('interrupted', wall_seconds=3.0, steps=4)
+    killed = run_folder.RunFolder(run_in(), 0)
+    assert run_folder.read_summary(tmp_path / 'run')['state'] == 'running' and run_folder.ended(run_in(), 0) is None
     killed.save(7, {'loss': np.float32(0.5)}, wall_seconds=2.0, steps=7)
     killed.checkpoints.close()
-    summary = record.Record(run_in(), 0).close('finished', wall_seconds=1.0, steps=9)
+    summary = run_folder.RunFolder(run_in(), 0).close('finished', wall_seconds=1.0, steps=9)
     assert (summary['wall_seconds'], summary['steps'], summary['state']) == (6.0, 9, 'finished')
 
 
 @pytest.mark.parametrize('first', [True, False])
 def test_only_the_process_that_says_so_removes_the_checkpoints_of_what_has_ended(run_in, tmp_path, monkeypatch, first):
-    monkeypatch.setattr('hosts.first', lambda: first)
-    one = record.Record(run_in(), 0)
+    monkeypatch.setattr('distributed.is_main_process', lambda: first)
+    one = run_folder.RunFolder(run_in(), 0)
     one.save(7, {'loss': np.float32(0.5)})
     one.close('finished')
     assert (tmp_path / 'run' / 'checkpoints' / '7').exists() != first
@@ -77,21 +76,21 @@ def test_only_the_process_that_says_so_removes_the_checkpoints_of_what_has_ended
 
 def test_another_configuration_in_the_folder_is_refused_by_its_keys(run_in):
     run = run_in()
-    assert record.ended(run, 0) is None
-    record.Record(run, 0).close('finished')
-    assert record.ended(run, 0)
-    assert record.ended(run_in('wandb_tag=elsewhere', 'wandb_project=p'), 0)  # where it is recorded is not what it computes
-    with pytest.raises(record.RunFolderError, match=r'opt\.b1=0\.9 there, 0\.8 asked.*set run_dir') as refused:
-        record.ended(run_in('opt.b1=0.8'), 0)
+    assert run_folder.ended(run, 0) is None
+    run_folder.RunFolder(run, 0).close('finished')
+    assert run_folder.ended(run, 0)
+    assert run_folder.ended(run_in('wandb_tag=elsewhere', 'wandb_project=p'), 0)  # where it is recorded is not what it computes
+    with pytest.raises(run_folder.RunFolderError, match=r'opt\.b1=0\.9 there, 0\.8 asked.*set run_dir') as refused:
+        run_folder.ended(run_in('opt.b1=0.8'), 0)
     assert '\n' not in str(refused.value) and 'model.D' not in str(refused.value)
 
 
 def test_folders(small_mlp, tmp_path):
     alone, fused = small_mlp('wandb_tag=tag'), small_mlp('seeds=[0,1]', 'wandb_tag=tag')
-    assert record.folder_of(alone, 0) == record.folder_of(fused, 0)
-    assert record.folder_of(alone, 0).parts[:2] == ('runs', 'tag') and record.folder_of(fused, 1) != record.folder_of(fused, 0)
+    assert alone.folder(0) == fused.folder(0)
+    assert alone.folder(0).parts[:2] == ('runs', 'tag') and fused.folder(1) != fused.folder(0)
     chosen = small_mlp('seeds=[0,1]', f'run_dir={tmp_path}')
-    assert {record.folder_of(chosen, s) for s in (0, 1)} == {tmp_path / 'seed0', tmp_path / 'seed1'}
+    assert {chosen.folder(s) for s in (0, 1)} == {tmp_path / 'seed0', tmp_path / 'seed1'}
 
 
 # W&B
@@ -122,11 +121,11 @@ def test_wandb_mirrors_the_record(run_in, tmp_path, monkeypatch, state, exit_cod
     fake = FakeWandb()
     monkeypatch.setattr('wandb.init', fake)
     run = run_in('wandb_mode=online', 'wandb_project=p', 'wandb_tag=t', 'opt.B=64', 'opt.schedule=linear', 'seeds=[0,5]')
-    one = record.Record(run, 5)
+    one = run_folder.RunFolder(run, 5)
     one.log({'step': 0, 'test_loss': 0.5, 'Buvar': math.nan})
     summary = one.close(state)
     assert (fake.settings['project'], fake.settings['tags'], fake.settings['mode']) == ('p', ['t'], 'online')
-    assert fake.settings['name'] == config.run_name(run, 5)
+    assert fake.settings['name'] == run.name(5)
     assert fake.rows == rows(tmp_path / 'run' / 'seed5') and fake.ended == exit_code
     origin = {key: fake.summary.pop(key) for key in ('revision', 'device')}
     assert origin['device'] == 'cpu' and {**fake.summary, 'wandb': 'complete'} == summary
@@ -147,20 +146,20 @@ def test_what_wandb_did_not_get_it_gets_from_the_same_command(run_in, monkeypatc
     def gone(exit_code):
         raise TimeoutError('no answer')
 
-    monkeypatch.setattr('mirror.log_in', lambda run: None)
+    monkeypatch.setattr('wandb_logger.log_in', lambda run: None)
     for mode in ('online', 'offline'):
         run = run_in(f'wandb_mode={mode}', f'seed={len(mode)}')
         first, again, third = FakeWandb(), FakeWandb(), FakeWandb()
         monkeypatch.setattr('wandb.init', first)
         if mode == 'online':
             first.finish = gone
-        one = record.Record(run, run.seed)
+        one = run_folder.RunFolder(run, run.seed)
         one.log({'step': 0, 'test_loss': 0.5})
         assert one.close('finished')['wandb'] == 'incomplete'
         run = run_in('wandb_mode=online', f'seed={len(mode)}')
         for fake, rows_given in ((again, 1), (third, 0)):
             monkeypatch.setattr('wandb.init', fake)
-            summary = record.mirror_again(run, record.ended(run, run.seed))
+            summary = run_folder.send_to_wandb_again(run, run_folder.ended(run, run.seed))
             assert summary['wandb'] == 'complete' and len(fake.rows) == rows_given
         shutil.rmtree(summary['folder'])
     assert 'W&B did not take all of it (no answer)' in capsys.readouterr().err
@@ -172,12 +171,12 @@ def test_wandb_offline_needs_no_account_and_writes_into_the_run(run_in, tmp_path
     monkeypatch.setenv('NETRC', str(tmp_path / 'no_netrc'))
     monkeypatch.chdir(tmp_path)
     run = run_in('wandb_mode=offline')
-    one = record.Record(run, 0)
+    one = run_folder.RunFolder(run, 0)
     one.log({'step': 0, 'test_loss': 0.123456})
     one.close('finished')
     (offline,) = (tmp_path / 'run' / 'wandb').glob('offline-run-*')
     (log,) = offline.glob('*.wandb')
-    wanted = (b'opt.B', b'num_params', config.run_name(run, 0).encode(), b'0.123456')
+    wanted = (b'opt.B', b'num_params', run.name(0).encode(), b'0.123456')
     deadline = time.monotonic() + 30  # W&B's own process writes the file, a moment after finish
     while not all(text in log.read_bytes() for text in wanted) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -187,4 +186,4 @@ def test_wandb_offline_needs_no_account_and_writes_into_the_run(run_in, tmp_path
 
 def test_wandb_disabled_is_never_imported(run_in, monkeypatch):
     monkeypatch.setattr('wandb.init', lambda **settings: pytest.fail('wandb.init was called'))
-    record.Record(run_in('wandb_mode=disabled'), 0).close('finished')
+    run_folder.RunFolder(run_in('wandb_mode=disabled'), 0).close('finished')

@@ -129,7 +129,7 @@ def run_folder(folder, losses, state='finished', tail='', seed=0, **opt):
     rows = [{'step': i, 'tokens': 4 * i, 'compute': 2400 * i, 'lr': 0.01, 'test_loss': loss} for i, loss in enumerate(losses)]
     (folder / 'history.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + tail)
     if state:
-        (folder / 'summary.json').write_text(json.dumps({'state': state, 'wall_seconds': 720.0, 'seeds_fused': 2}))
+        (folder / 'summary.json').write_text(json.dumps({'state': state, 'wall_seconds': 720.0, 'seeds_together': 2}))
 
 
 def test_a_folder_of_runs(tmp_path):

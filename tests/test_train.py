@@ -16,8 +16,7 @@ import data
 import model as models
 import optimizer
 import train
-from trainer import config
-from trainer import run_folder as record
+from trainer import config, programs, run_folder
 
 
 def rows(folder):
@@ -38,9 +37,9 @@ class Bench:
 
     def __init__(self, run):
         self.run, self.task = run, data.open_task(run, run.all_seeds)
-        self.program = train.programs(run, self.task)
+        self.program = programs.build(run, self.task)
         self.state = self.program.init(jnp.stack([jax.random.key(seed) for seed in run.all_seeds]), self.task.test)
-        self.peak_lrs = train.peak_rates(run)
+        self.peak_lrs = optimizer.peak_lrs(run)
         self.s = optimizer.schedule(run.opt.schedule, run.opt.decay_frac, run.derived.warmup_steps, run.derived.steps)
         self.raw = self.task.block(0)
 
@@ -61,7 +60,7 @@ class Bench:
 
 @pytest.mark.parametrize('num_evals, steps', [(6, 500), (1000, 33_309), (100, 20), (2, 1), (1, 7), (10, 2)])
 def test_evaluation_points(num_evals, steps):
-    points = train.evaluation_points(num_evals, steps)
+    points = config.evaluation_points(num_evals, steps)
     assert points == sorted(set(points)) and points[0] == 0 and points[-2:] == [steps - 1, steps]
     half = num_evals // 2
     for i in range(half):
@@ -74,7 +73,7 @@ def test_evaluation_points(num_evals, steps):
 
 
 def test_published_evaluation_points():
-    assert train.evaluation_points(6, 500) == [0, 1, 22, 249, 499, 500]
+    assert config.evaluation_points(6, 500) == [0, 1, 22, 249, 499, 500]
 
 
 # What a run logs
@@ -85,7 +84,7 @@ LATER = {'train_loss', 'dh', 'df', 'Buvar', 'uvar', 'u2_mean', 'umean2'}
 
 def test_both_ends_are_evaluated_and_nothing_undefined_is_logged(straight):
     run = straight.run
-    assert [row['step'] for row in straight.rows] == train.evaluation_points(run.num_evals, 20) and straight.rows[-1]['step'] == 20
+    assert [row['step'] for row in straight.rows] == config.evaluation_points(run.num_evals, 20) and straight.rows[-1]['step'] == 20
     for row in straight.rows:
         assert row.keys() == (ALWAYS | LATER if row['step'] else ALWAYS)
         assert all(math.isfinite(v) for v in row.values())
@@ -98,10 +97,10 @@ def test_both_ends_are_evaluated_and_nothing_undefined_is_logged(straight):
 
 def test_summary_of_a_finished_run(straight):
     summary = straight.summary
-    assert summary == record.read_summary(straight.folder)
+    assert summary == run_folder.read_summary(straight.folder)
     assert (summary['state'], summary['steps'], summary['tokens'], summary['seed']) == ('finished', 20, 640, 1)
     assert summary['test_loss'] == straight.rows[-1]['test_loss']
-    assert summary['tokens_per_second'] > 0 and 0 < summary['matmul_share'] < 1
+    assert summary['tokens_per_second'] > 0 and 0 < summary['mfu'] < 1
     assert summary['wall_seconds'] > summary['train_seconds'] + summary['eval_seconds'] + summary['compile_seconds']
 
 
@@ -114,7 +113,7 @@ def test_step_0_is_the_loss_of_knowing_nothing(straight):
 def test_a_finished_run_is_left_alone_and_another_refused(straight, small_mlp):
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in straight.folder.iterdir()}
     assert train.train(straight.run) == [straight.summary]
-    with pytest.raises(record.RunFolderError, match='opt.lr=0.003 there, 0.004 asked'):
+    with pytest.raises(run_folder.RunFolderError, match='opt.lr=0.003 there, 0.004 asked'):
         train.train(small_mlp(f'run_dir={straight.folder}', 'seed=1', 'opt.lr=0.004'))
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in straight.folder.iterdir()} == before
 
@@ -123,7 +122,7 @@ def test_a_finished_run_is_left_alone_and_another_refused(straight, small_mlp):
 
 def test_stretches_and_blocks_do_not_show(straight, small_mlp, tmp_path, monkeypatch):
     """One step at a time through blocks of seven steps gives the same history, bit for bit."""
-    monkeypatch.setattr(train, 'STRETCH_SECONDS', 0.0)
+    monkeypatch.setattr(train, 'DISPATCH_SECONDS', 0.0)
     monkeypatch.setattr(data, 'BLOCK_STEPS', 7)
     counts = []
     train.train(small_mlp(f'run_dir={tmp_path}', 'seed=1'), lambda steps, shown: counts.append(steps))
@@ -133,7 +132,7 @@ def test_stretches_and_blocks_do_not_show(straight, small_mlp, tmp_path, monkeyp
 
 def test_fused_seeds_are_the_seeds_alone(straight, small_mlp, tmp_path):
     summaries = train.train(small_mlp(f'run_dir={tmp_path}', 'seeds=[0,1,2]'))
-    assert sorted(s['seed'] for s in summaries) == [0, 1, 2] and {s['seeds_fused'] for s in summaries} == {3}
+    assert sorted(s['seed'] for s in summaries) == [0, 1, 2] and {s['seeds_together'] for s in summaries} == {3}
     histories = {seed: rows(tmp_path / f'seed{seed}') for seed in (0, 1, 2)}
     for alone, fused in zip(straight.rows, histories[1], strict=True):
         assert alone.keys() == fused.keys()
@@ -304,20 +303,20 @@ def test_a_signal_stops_it_and_the_record_says_so(small_mlp, tmp_path):
     with pytest.raises(train.Interrupted) as stop:
         train.train(small_mlp(f'run_dir={folder}'), on_steps)
     assert stop.value.args == (signal.SIGINT,) and signal.getsignal(signal.SIGINT) is before
-    summary = record.read_summary(folder)
+    summary = run_folder.read_summary(folder)
     assert summary['state'] == 'interrupted' and 5 <= summary['steps'] < 20
-    assert {row['step'] for row in rows(folder)} < set(train.evaluation_points(6, 20))
+    assert {row['step'] for row in rows(folder)} < set(config.evaluation_points(6, 20))
 
 
 def test_a_signal_in_the_last_evaluation_is_not_lost(small_mlp, tmp_path):
     """The run has finished, and what comes after it in a sweep has not."""
     def on_steps(steps, shown):
-        if record.read_history(tmp_path) and record.read_history(tmp_path)[-1]['step'] == 20:
+        if run_folder.read_history(tmp_path) and run_folder.read_history(tmp_path)[-1]['step'] == 20:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(train.Interrupted):
         train.train(small_mlp(f'run_dir={tmp_path}'), on_steps)
-    assert record.read_summary(tmp_path)['state'] == 'finished'
+    assert run_folder.read_summary(tmp_path)['state'] == 'finished'
 
 
 def test_one_seed_diverges_and_the_others_go_on(straight, small_mlp, tmp_path, monkeypatch):

@@ -1,312 +1,419 @@
-"""The configuration: names and types of all keys, their checks, and the values derived from them, worked out once.
+"""The configuration of a run: its keys with their types and limits, and all values derived from them.
 
-`resolve` turns what Hydra composed (defaults live in configs/default.yaml) into a frozen `Run`; after it nobody writes, and nobody
-computes p, T, V or the number of steps again. Leaves the data to data.py and the run's folder to record.py.
+`resolve` turns what Hydra composed into a frozen `Run`. It is called once, at the start of a command. Every other module is given
+the `Run`. The defaults are in configs/default.yaml.
 """
 import dataclasses
+import difflib
 import hashlib
 import json
+import math
 import re
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
+import pydantic
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator, Field
 
 import model as models
 from optimizer import SCHEDULES
 
+CONFIGS = Path(__file__).parent.parent / 'configs'
+MAX_STEPS = 10**8  # the learning rate of every step is kept in memory: three arrays of 8 bytes a step
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message is one line that names the key to change."""
+    """A configuration that cannot run. The message is one line that names the key to change."""
 
 
-@dataclass(frozen=True)
+# Types and limits of the keys. Numbers that arrive as text are converted, as YAML reads 1e-3 as text.
+
+def _not_a_bool(value):
+    if isinstance(value, bool):
+        raise ValueError('must be a number')
+    return value
+
+
+def _not_float16(value):
+    if value == 'float16':
+        raise ValueError('needs loss scaling, which is not implemented; set model.dtype=bfloat16')
+    return value
+
+
+def _distinct(seeds):
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError("must be a list of different numbers, e.g. 'seeds=[0,1,2]', or null")
+    return seeds
+
+
+Int = Annotated[int, BeforeValidator(_not_a_bool)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+Float = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Float, Field(gt=0)]
+NotNegative = Annotated[Float, Field(ge=0)]
+DecayRate = Annotated[Float, Field(ge=0, lt=1)]
+Fraction = Annotated[Float, Field(gt=0, le=1)]
+Seed = Annotated[Int, Field(ge=0, lt=2**31)]
+DType = Annotated[Literal['float32', 'bfloat16'] | None, BeforeValidator(_not_float16)]
+typed = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra='forbid', coerce_numbers_to_str=True))
+
+
+@typed
 class Model:
-    base_D: int
-    D: int
-    match_mup_at_D: int | None
-    mlp_expansion: int
-    dh: int
-    L: int
-    N: int
-    V: int
-    embed_init_std: float
-    init_std_mult: float
+    base_D: PositiveInt
+    D: PositiveInt
+    match_mup_at_D: PositiveInt | None
+    mlp_expansion: PositiveInt
+    dh: PositiveInt
+    L: PositiveInt
+    N: PositiveInt
+    V: PositiveInt
+    embed_init_std: NotNegative
+    init_std_mult: NotNegative
     fsdp_enabled: bool
-    dtype: str | None
+    dtype: DType
     scale_by_depth: bool
     remat: bool
 
 
-@dataclass(frozen=True)
+@typed
 class Opt:
-    B: int
-    B_max: int
-    lr: float
-    embed_lr_mult: float
-    readout_lr_mult: float
-    warmup_tokens: float
-    schedule: str
-    decay_frac: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
+    name: Literal['adam']
+    B: PositiveInt
+    B_max: PositiveInt
+    lr: Positive
+    embed_lr_mult: NotNegative
+    readout_lr_mult: NotNegative
+    warmup_tokens: NotNegative
+    schedule: Literal[*SCHEDULES]
+    decay_frac: Fraction
+    b1: DecayRate
+    b2: DecayRate
+    eps: NotNegative
+    weight_decay: NotNegative
     mup: bool
 
 
-@dataclass(frozen=True)
+@typed
 class Config:
-    """What a user sets; meanings and defaults stand in configs/default.yaml."""
-    token_per_param: float | None
-    scale: float | None
-    exponent: float | None
-    T: float | None
-    T_eval: int | None
-    num_evals: int
-    arch: str
+    """What a user sets. configs/default.yaml explains each key and holds its default."""
+    token_per_param: Positive | None
+    scale: Positive | None
+    exponent: Positive | None
+    T: Positive | None
+    T_eval: PositiveInt | None
+    num_evals: PositiveInt
+    arch: Literal[*models.ARCHS]
     ds_path: str | None
     shuffle: bool
     published_averaging: bool
-    seed: int
-    seeds: list[int] | None
+    seed: Seed
+    seeds: Annotated[list[Seed], pydantic.AfterValidator(_distinct)] | None
     run_dir: str | None
-    checkpoint_minutes: float
+    checkpoint_minutes: Positive
     watch: str | None
-    stop_above: float | None
+    stop_above: Float | None
     dry_run: bool
-    num_processes: int | None
-    process_id: int | None
+    num_processes: Int | None
+    process_id: Int | None
     coordinator: str | None
-    wandb_mode: str
+    wandb_mode: Literal['offline', 'online', 'disabled']
     wandb_project: str
     wandb_tag: str
-    matmul_precision: str | None
+    matmul_precision: Literal['float32', 'tensorfloat32', 'bfloat16'] | None
     model: Model
     opt: Opt
 
 
-@dataclass(frozen=True)
-class Derived:
-    """What follows from a Config. p counts every trainable scalar."""
-    num_params: int
-    params_by_role: dict[str, int]
-    tokens_per_step: int   # B·L
-    steps: int             # T // (B·L)
-    compute: float         # C = 6·p·steps·B·L FLOPs
-    warmup_steps: int
-    num_test_batches: int
-    microbatches: int      # pieces a batch is accumulated from
-    flops_per_token: float  # of the matrix products and attention, for speeds
-
-
-@dataclass(frozen=True)
-class Run(Config):
-    """A checked Config with T in tokens and V as the data set has it, and what is derived from it."""
-    derived: Derived
-
-    @property
-    def all_seeds(self) -> list[int]:
-        return self.seeds if self.seeds is not None else [self.seed]
-
-
-def resolve(cfg, vocab_size=None) -> Run:
-    """Checks a composed config and derives the rest.
-
-    cfg: mapping with the keys of configs/default.yaml. vocab_size: the data set's own (see data.vocab_size), rounded up to a
-    multiple of 32 it takes the place of model.V. Raises ConfigError.
-    """
-    try:
-        cfg = _nulls(cfg)
-        echo = flatten(cfg.pop('echo', {}))
-        for section in ('model', 'opt'):
-            if not isinstance(cfg[section], dict):
-                raise ConfigError(f'{section}={cfg[section]} must be a group of keys; set them one by one, {section}.KEY=…')
-        if not isinstance(cfg['seeds'], list | None):
-            raise ConfigError(f"seeds={cfg['seeds']} must be a list of numbers, e.g. 'seeds=[0,1,2]', or null")
-        cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), cfg))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
-    m, o = cfg.model, cfg.opt
-    _check_values(cfg)
-    if vocab_size is not None:
-        m = dataclasses.replace(m, V=-(-vocab_size // 32) * 32)
-
-    groups = models.param_groups(cfg.arch, m)
-    p = sum(groups.values())
-    T = _horizon(cfg, p)
-    tokens_per_step = o.B * m.L
-    steps = int(T // tokens_per_step)
-    microbatches = max(1, o.B // o.B_max)
-    if steps < 1:
-        raise ConfigError(f'T={T:.6g} tokens is less than one step of opt.B·model.L={tokens_per_step}; raise T or lower opt.B')
-    if cfg.T_eval // tokens_per_step < 1:
-        raise ConfigError(f'T_eval={cfg.T_eval} is less than one test batch of opt.B·model.L={tokens_per_step}; '
-                          f'set T_eval to at least {tokens_per_step}')
-    warmup_steps = int(o.warmup_tokens // tokens_per_step)
-    if warmup_steps >= steps:
-        raise ConfigError(f'opt.warmup_tokens={o.warmup_tokens:.6g} covers all of the T={T:.6g} tokens; lower it or raise T')
-    derived = Derived(
-        num_params=p, params_by_role=groups, tokens_per_step=tokens_per_step, steps=steps,
-        compute=6.0 * p * steps * tokens_per_step, warmup_steps=warmup_steps,
-        num_test_batches=cfg.T_eval // tokens_per_step, microbatches=microbatches,
-        flops_per_token=float(models.train_flops_per_token(cfg.arch, m)))
-    run = Run(**{**vars(cfg), 'T': T, 'model': m}, derived=derived)
-    _check_echo(run, echo)
-    return run
-
-
-def as_override(word):
-    """A word of the command line. What we log beside the keys there are, and W&B gives back to a run that it starts again, is set
-    apart under `echo`, where `resolve` compares it with what it comes to."""
-    key, equals, _ = word.partition('=')
-    return f'+echo.{word}' if equals and (key in SHORT_NAMES or key.startswith('derived.')) else word
-
-
-def _check_echo(run, echo):
-    values = flatten(settings(run, run.all_seeds[0]))
-    for key, value in echo.items():
-        found = values.get(SHORT_NAMES.get(key, key))
-        if value != found and str(value) != str(found):  # JSON makes 3 of 3.0
-            meant = SHORT_NAMES.get(key, key)
-            raise ConfigError(f'{key}={value} is not for setting, and comes to {found}; ' +
-                              (f'set {meant}' if not meant.startswith('derived.') else 'leave it out'))
-
-
-def _schema():
-    """Names and types as OmegaConf checks them; it takes frozen classes for read-only until told otherwise."""
-    schema = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(schema, False)
-    for name, section in (('model', Model), ('opt', Opt)):
-        schema[name] = OmegaConf.structured(section)
-        OmegaConf.set_readonly(schema[name], False)
-    return schema
-
-
-def _nulls(cfg):
-    """The plain mapping, with the text 'None' read as null: W&B's agent writes Python's str() of a sweep value."""
-    if OmegaConf.is_config(cfg):
-        cfg = OmegaConf.to_container(cfg, resolve=True)
-    return {k: _nulls(v) if isinstance(v, dict) else None if v == 'None' else v for k, v in cfg.items()}
-
-
-def _one_line(error):
-    """OmegaConf's message and key on one line."""
-    text = str(error).splitlines()[0]
-    key = getattr(error, 'full_key', None)
-    if isinstance(error, OmegaConfBaseException) and 'not in' in text:
-        return f'unknown key {key!r}; configs/default.yaml lists the keys there are'
-    return f'{key}: {text}'
-
-
-def _horizon(cfg, p):
-    """Training tokens T from the one of three ways the config gives (paper, appendix C)."""
-    given = {k: getattr(cfg, k) for k in ('token_per_param', 'scale', 'exponent') if getattr(cfg, k) is not None}
-    ways = 'give token_per_param, or scale and exponent together, or T'
-    if 'token_per_param' in given:
-        if len(given) > 1:
-            raise ConfigError(f'the horizon is ambiguous: {", ".join(f"{k}={v}" for k, v in given.items())}; {ways}')
-        return cfg.token_per_param * p
-    if len(given) == 1:
-        (key, value), = given.items()
-        raise ConfigError(f'{key}={value} alone sets no horizon; {ways}')
-    if given:
-        try:
-            return 1e15 * (p / cfg.scale) ** cfg.exponent / (6 * p)
-        except OverflowError as error:
-            raise ConfigError(f'scale={cfg.scale} and exponent={cfg.exponent} set no finite horizon for p={p}') from error
-    if cfg.T is None:
-        raise ConfigError(f'no horizon: token_per_param, scale, exponent and T are all null; {ways}')
-    return cfg.T
-
-
-def _check_values(cfg):
-    m, o = cfg.model, cfg.opt
-    _one_of('arch', cfg.arch, models.ARCHS)
-    _one_of('opt.schedule', o.schedule, SCHEDULES)
-    _one_of('wandb_mode', cfg.wandb_mode, ('offline', 'online', 'disabled'))
-    _one_of('model.dtype', m.dtype, (None, 'float32', 'bfloat16', 'float16'))
-    _one_of('matmul_precision', cfg.matmul_precision, (None, 'float32', 'tensorfloat32', 'bfloat16'))
-    positive = {'model.base_D': m.base_D, 'model.D': m.D, 'model.match_mup_at_D': m.match_mup_at_D, 'model.dh': m.dh,
-                'model.mlp_expansion': m.mlp_expansion, 'model.L': m.L, 'model.N': m.N, 'model.V': m.V, 'opt.B': o.B,
-                'opt.B_max': o.B_max, 'opt.lr': o.lr, 'opt.decay_frac': o.decay_frac, 'token_per_param': cfg.token_per_param,
-                'scale': cfg.scale, 'exponent': cfg.exponent, 'T': cfg.T, 'T_eval': cfg.T_eval, 'num_evals': cfg.num_evals,
-                'checkpoint_minutes': cfg.checkpoint_minutes}
-    for key, value in positive.items():
-        if value is not None and not 0 < value < float('inf'):
-            raise ConfigError(f'{key}={value} must be positive and finite')
-    not_negative = {'opt.embed_lr_mult': o.embed_lr_mult, 'opt.readout_lr_mult': o.readout_lr_mult, 'opt.warmup_tokens':
-                    o.warmup_tokens, 'opt.weight_decay': o.weight_decay, 'opt.eps': o.eps, 'model.init_std_mult': m.init_std_mult,
-                    'model.embed_init_std': m.embed_init_std, 'seed': cfg.seed}
-    for key, value in not_negative.items():
-        if not 0 <= value < float('inf'):
-            raise ConfigError(f'{key}={value} must be finite and not negative')
-    if max([cfg.seed, *(cfg.seeds or [])]) >= 2**31:
-        raise ConfigError(f'seed={cfg.seed} or seeds={cfg.seeds}: a seed must be below 2^31')
-    for key, value in {'opt.b1': o.b1, 'opt.b2': o.b2}.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f'{key}={value} must lie in [0, 1)')
-    if o.decay_frac > 1:
-        raise ConfigError(f'opt.decay_frac={o.decay_frac} must lie in (0, 1]; it is a share of the steps after the warm-up')
-    if cfg.stop_above is not None and cfg.watch is None:
-        raise ConfigError(f'stop_above={cfg.stop_above:g} needs a forecast; set watch to the log of the ladder')
-    if cfg.T_eval is None:
-        raise ConfigError('T_eval is null; set it to the number of test tokens an evaluation reads')
-    if cfg.ds_path is None:
-        raise ConfigError('ds_path is null; set it to fourier or to a folder with train.bin and test.bin')
-    if (cfg.ds_path == 'fourier') != (cfg.arch == 'mlp'):
-        raise ConfigError(f'arch={cfg.arch} cannot learn ds_path={cfg.ds_path}; the pairs are mlp with fourier, transformer with a '
-                          'folder of tokens')
-    if cfg.arch == 'mlp' and (m.L, m.V) != (1, 8):
-        raise ConfigError(f'model.L={m.L} and model.V={m.V} must be 1 and 8 for ds_path=fourier, whose inputs have 8 dimensions')
-    if cfg.ds_path == 'fourier' and (cfg.shuffle or cfg.published_averaging):
-        key = 'shuffle' if cfg.shuffle else 'published_averaging'
-        raise ConfigError(f'{key}=true means nothing for ds_path=fourier, where every example is new and counts; set {key}=false')
-    if m.match_mup_at_D is not None and not o.mup:
-        raise ConfigError(f'model.match_mup_at_D={m.match_mup_at_D} sets µP multipliers, opt.mup=false has none; leave one out')
-    if cfg.arch == 'transformer' and m.L < 2:
-        raise ConfigError(f'model.L={m.L} leaves no next token to predict; set model.L to 2 or more')
-    if cfg.arch == 'transformer' and m.D % m.dh:
-        raise ConfigError(f'model.D={m.D} is not a multiple of the head size model.dh={m.dh}; set model.dh to a divisor of {m.D}')
-    if o.B > o.B_max and o.B % o.B_max:
-        raise ConfigError(f'opt.B={o.B} is over opt.B_max={o.B_max} and not a multiple of it; set opt.B_max to a divisor of {o.B}')
-    if cfg.seeds is not None and (not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds) or min(cfg.seeds) < 0):
-        raise ConfigError(f'seeds={cfg.seeds} must be a list of different numbers from 0 on, or null')
-
-
-def _one_of(key, value, names):
-    if value not in names:
-        raise ConfigError(f'{key}={value} is unknown; choose one of {", ".join("null" if n is None else n for n in names)}')
-
-
-def as_dict(run, seed) -> dict:
-    """A run's resolved configuration as plain nested dicts, for one seed of its group."""
-    values = dataclasses.asdict(run)
-    values.update(seed=seed, seeds=None)
-    return values
-
-
-# Keys that say where a run is written, not what is computed.
+# Keys that say where and how a run is recorded. They do not change what it computes.
 BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'watch', 'stop_above', 'wandb_mode', 'wandb_project', 'wandb_tag', 'dry_run',
                'num_processes', 'process_id', 'coordinator')
 
-# The short names of the published logs, for W&B: each is the last part of one dotted key and of no other that matters.
+# Keys that older runs do not have, with the value that those runs were trained at. At this value a key is left out of a run's
+# identity, so that names of runs, and therefore their folders, stay what they were before the key was added.
+ADDED_KEYS = {'opt.name': 'adam'}
+
+# The short names of keys in the published logs. W&B gets them beside the dotted names.
 SHORT_NAMES = {
     'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh', 'mlp_expansion': 'model.mlp_expansion',
     'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule', 'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens',
     'num_params': 'derived.num_params', 'steps': 'derived.steps'}
 
 
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What follows from a Config. p counts every trainable scalar."""
+    num_params: int
+    params_by_role: dict[str, int]
+    tokens_per_step: int             # B·L
+    steps: int                       # T // (B·L)
+    compute: float                   # C = 6·p·steps·B·L FLOPs
+    warmup_steps: int
+    num_test_batches: int
+    microbatches: int                # pieces in which the gradient of a batch is accumulated
+    flops_per_token: float           # of matrix products and attention, to compute speeds
+    eval_points: tuple[int, ...]     # numbers of updates after which the run is evaluated, increasing
+
+    @property
+    def eval_share(self) -> float:
+        """FLOPs of all evaluations over the FLOPs of training: an evaluation takes the gradient of every test batch."""
+        return len(self.eval_points) * self.num_test_batches / self.steps
+
+
+@typed
+class Run(Config):
+    """A checked Config, with T resolved to tokens, V to the data set's vocabulary, and the derived values."""
+    derived: Derived
+
+    @property
+    def all_seeds(self) -> list[int]:
+        return self.seeds if self.seeds is not None else [self.seed]
+
+    def name(self, seed) -> str:
+        """The unique name of one seed's run: the keys that sweeps vary, then a hash of the whole identity."""
+        m, o = self.model, self.opt
+        schedule = o.schedule if o.decay_frac == 1 else f'{o.schedule}{o.decay_frac:g}'
+        dataset = re.sub(r'[^A-Za-z0-9_.-]+', '-', self.ds_path).strip('-.')[-24:]
+        T = f'{self.T:.3g}'.replace('+', '')
+        identity_hash = hashlib.sha256(json.dumps(identity(self, seed), sort_keys=True).encode()).hexdigest()[:8]
+        return f'{dataset}_D{m.D}_N{m.N}_B{o.B}_lr{o.lr:g}_{schedule}_T{T}_seed{seed}_{identity_hash}'
+
+    def folder(self, seed) -> Path:
+        """The folder of one seed's record: run_dir if given (run_dir/seed<s> if seeds is given), else runs/<wandb_tag>/<name>."""
+        if self.run_dir is None:
+            return Path('runs') / self.wandb_tag / self.name(seed)
+        return Path(self.run_dir) if self.seeds is None else Path(self.run_dir) / f'seed{seed}'
+
+
+def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
+    """Returns the checked configuration with all derived values.
+
+    cfg: mapping with the keys of configs/default.yaml. vocab_size: that of the data set; rounded up to a multiple of 32 it replaces
+    model.V. overridden: the keys set on the command line or by a sweep (see `overridden_keys`); a T among them must not contradict
+    the other keys of the horizon. Raises ConfigError.
+    """
+    try:
+        values = _plain(cfg)
+    except OmegaConfBaseException as error:  # an interpolation of a key that does not exist
+        raise ConfigError(f'{error.full_key}: {str(error).splitlines()[0]}') from error
+    expected = flatten(values.pop('expect', {}))
+    try:
+        cfg = Config(**values)
+    except pydantic.ValidationError as error:
+        raise ConfigError('; '.join(map(_message, error.errors()))) from error
+    _check_combinations(cfg)
+    m, o = cfg.model, cfg.opt
+    if vocab_size is not None:
+        m = dataclasses.replace(m, V=math.ceil(vocab_size / 32) * 32)
+
+    params_by_role = models.param_groups(cfg.arch, m)
+    p = sum(params_by_role.values())
+    T, source = _horizon(cfg, p, overridden)
+    tokens_per_step = o.B * m.L
+    steps = int(T // tokens_per_step)
+    warmup_steps = int(o.warmup_tokens // tokens_per_step)
+    num_test_batches = cfg.T_eval // tokens_per_step
+    if steps < 1:
+        raise ConfigError(f'{source}: T={T:.6g} tokens is less than one step of opt.B·model.L={tokens_per_step}; '
+                          'raise the horizon or lower opt.B')
+    if steps > MAX_STEPS:
+        raise ConfigError(f'{source}: T={T:.6g} tokens is {steps:.3g} steps, more than the limit of {MAX_STEPS:.0e}; '
+                          'lower the horizon')
+    if num_test_batches < 1:
+        raise ConfigError(f'T_eval={cfg.T_eval} is less than one test batch of opt.B·model.L={tokens_per_step}; '
+                          f'set T_eval to at least {tokens_per_step}')
+    if warmup_steps >= steps:
+        raise ConfigError(f'opt.warmup_tokens={o.warmup_tokens:.6g} covers all of the T={T:.6g} tokens; lower it or raise T')
+    derived = Derived(
+        num_params=p, params_by_role=params_by_role, tokens_per_step=tokens_per_step, steps=steps,
+        compute=6.0 * p * steps * tokens_per_step, warmup_steps=warmup_steps, num_test_batches=num_test_batches,
+        microbatches=max(1, o.B // o.B_max), flops_per_token=float(models.train_flops_per_token(cfg.arch, m)),
+        eval_points=evaluation_points(cfg.num_evals, steps))
+    run = Run(**{**vars(cfg), 'T': T, 'model': m}, derived=derived)
+    _check_expected(run, expected)
+    return run
+
+
+def evaluation_points(num_evals, steps):
+    """Half of the points are spaced linearly and half geometrically. Both ends, and the state after the last update, are added."""
+    half = num_evals // 2
+    linear, geometric = np.linspace(0, steps - 1, half), np.geomspace(1, max(steps - 1, 1), half)
+    return tuple(sorted({0, steps - 1, steps, *map(int, linear), *map(int, geometric)}))
+
+
+def evaluation_warning(run) -> str | None:
+    """One line if evaluations cost more FLOPs than training, else None."""
+    if run.derived.eval_share <= 1:
+        return None
+    return (f'evaluations cost {run.derived.eval_share:.1f} times the FLOPs of training; '
+            f'lower num_evals={run.num_evals} or T_eval={run.T_eval}')
+
+
+# Checks
+
+def _plain(cfg):
+    """The mapping as a dict, with the text 'None' as null: W&B's agent writes Python's str() of a sweep value."""
+    if OmegaConf.is_config(cfg):
+        cfg = OmegaConf.to_container(cfg, resolve=True)
+    return {key: _plain(value) if isinstance(value, dict) else None if value == 'None' else value for key, value in cfg.items()}
+
+
+def _message(error):
+    """One of pydantic's errors as a line: the key, what came and what is wanted."""
+    key, kind, value = '.'.join(map(str, error['loc'])), error['type'], error.get('input')
+    if kind == 'unexpected_keyword_argument':
+        return unknown_key(key)
+    if kind == 'missing':
+        return f'{key} is missing; configs/default.yaml lists all keys'
+    shown = f'{key}={"null" if value is None else value}'
+    if kind == 'literal_error':
+        choices = re.findall(r"'([^']*)'", error['ctx']['expected'])
+        return f'{shown} is unknown; choose one of {", ".join(choices)}{suggest(str(value), choices)}'
+    if kind == 'dataclass_type':
+        return f'{shown} must be a group of keys; set them one by one, e.g. {key}.KEY=value'
+    wanted = str(error['ctx']['error']) if kind == 'value_error' else error['msg'].replace('Input should be', 'must be')
+    return f'{shown} {wanted}'
+
+
+def _horizon(cfg, p, overridden):
+    """(T in tokens, the keys that set it): one of three ways (paper, appendix C)."""
+    given = {key: getattr(cfg, key) for key in ('token_per_param', 'scale', 'exponent') if getattr(cfg, key) is not None}
+    source = ' '.join(f'{key}={value:g}' for key, value in given.items())
+    ways = 'set token_per_param, or scale and exponent together, or T'
+    if not given:
+        if cfg.T is None:
+            raise ConfigError(f'no horizon: token_per_param, scale, exponent and T are all null; {ways}')
+        return cfg.T, f'T={cfg.T:g}'
+    if 'token_per_param' in given:
+        if len(given) > 1:
+            raise ConfigError(f'the horizon is ambiguous: {source}; {ways}')
+        T = cfg.token_per_param * p
+    elif len(given) == 1:
+        raise ConfigError(f'{source} alone sets no horizon; {ways}')
+    else:
+        try:
+            T = 1e15 * (p / cfg.scale) ** cfg.exponent / (6 * p)
+        except OverflowError as error:
+            raise ConfigError(f'{source} sets no finite horizon for p={p}') from error
+    # The T of a configuration file is a default, which the other keys replace. W&B restarts a run with the T that it had logged.
+    if 'T' in overridden and cfg.T is not None and not math.isclose(cfg.T, T):
+        raise ConfigError(f'the horizon is ambiguous: T={cfg.T:g} and {source}, which means T={T:.6g}; {ways}')
+    return T, source
+
+
+def _check_combinations(cfg):
+    """Raises ConfigError for values that are valid one by one but not together."""
+    def require(condition, message):
+        if not condition:
+            raise ConfigError(message)
+
+    m, o, mlp, fourier = cfg.model, cfg.opt, cfg.arch == 'mlp', cfg.ds_path == 'fourier'
+    require(cfg.T_eval is not None, 'T_eval is null; set it to the number of test tokens of an evaluation')
+    require(cfg.ds_path is not None, 'ds_path is null; set it to fourier or to a folder with train.bin and test.bin')
+    require(mlp == fourier, f'arch={cfg.arch} cannot learn ds_path={cfg.ds_path}; '
+                            'use mlp with fourier, transformer with a folder of tokens')
+    require(not mlp or (m.L, m.V) == (1, 8), f'model.L={m.L} and model.V={m.V} must be 1 and 8 for ds_path=fourier, '
+                                             'whose inputs have 8 dimensions')
+    for key in ('shuffle', 'published_averaging'):
+        require(not (fourier and getattr(cfg, key)), f'{key}=true has no meaning for ds_path=fourier, where every example is new '
+                                                     f'and counts; set {key}=false')
+    require(mlp or m.L >= 2, f'model.L={m.L} leaves no next token to predict; set model.L to 2 or more')
+    require(mlp or m.D % m.dh == 0, f'model.D={m.D} is not a multiple of the head size model.dh={m.dh}; '
+                                    f'set model.dh to a divisor of {m.D}')
+    require(m.match_mup_at_D is None or o.mup, f'model.match_mup_at_D={m.match_mup_at_D} sets µP multipliers and opt.mup=false '
+                                               'turns them off; leave one out')
+    require(o.B <= o.B_max or o.B % o.B_max == 0, f'opt.B={o.B} is larger than opt.B_max={o.B_max} and not a multiple of it; '
+                                                  f'set opt.B_max to a divisor of {o.B}')
+    require(cfg.stop_above is None or cfg.watch is not None, f'stop_above={cfg.stop_above} needs a forecast; '
+                                                             'set watch to the log of the ladder')
+
+
+# Words of the command line
+
+def suggest(word, choices) -> str:
+    """'; did you mean X?' with the closest of the choices, or '' if none is close. A dotted choice may lack its first part."""
+    by_name = {choice.rpartition('.')[2]: choice for choice in choices} | {choice: choice for choice in choices}
+    close = difflib.get_close_matches(word, by_name, n=1)
+    return f'; did you mean {by_name[close[0]]}?' if close else ''
+
+
+def all_keys() -> list[str]:
+    """Every key of a configuration, dotted."""
+    groups = {'': Config, 'model.': Model, 'opt.': Opt}
+    return [prefix + field.name for prefix, group in groups.items() for field in dataclasses.fields(group)]
+
+
+def unknown_key(key) -> str:
+    """The message for a key that does not exist."""
+    return f'unknown key {key!r}{suggest(key, all_keys())}; configs/default.yaml lists all keys'
+
+
+def check_config_name(name):
+    """Raises ConfigError if there is no configs/<name>.yaml."""
+    names = sorted(path.stem for path in CONFIGS.glob('*.yaml'))
+    if name not in names:
+        raise ConfigError(f'there is no configs/{name}.yaml{suggest(name, names)}; choose one of {", ".join(names)}')
+
+
+def as_override(word) -> str:
+    """A word of the command line in the form that Hydra accepts for any key, so that `resolve` reports the unknown ones.
+
+    A W&B agent restarts a preempted run with all that the run has logged. What is logged beside the configuration's own keys goes
+    under `expect`, and `resolve` compares it with the values that it derives.
+    """
+    key, equals, _ = word.partition('=')
+    if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*', key):
+        return word  # an option of Hydra's, a configuration group, or an override that already has a prefix
+    return f'+expect.{word}' if key in SHORT_NAMES or key.startswith('derived.') else f'++{word}'
+
+
+def overridden_keys(overrides) -> frozenset[str]:
+    """The keys that these overrides ('++T=2e6', 'opt.lr=0.1', …) set."""
+    return frozenset(word.partition('=')[0].lstrip('+') for word in overrides)
+
+
+def _check_expected(run, expected):
+    values = flatten(settings(run, run.all_seeds[0]))
+    for key, value in expected.items():
+        dotted = SHORT_NAMES.get(key, key)
+        found = values.get(dotted)
+        if value != found and str(value) != str(found):  # JSON turns 3.0 into 3
+            advice = 'derived values cannot be set' if dotted.startswith('derived.') else f'set {dotted}'
+            raise ConfigError(f'{key}={value}: {dotted} is {found}; {advice}')
+
+
+# What is recorded
+
 def settings(run, seed) -> dict:
-    """The configuration as config.yaml and W&B hold it: resolved, with what is derived from it and the run's name."""
-    values = as_dict(run, seed)
-    values['derived']['name'] = run_name(run, seed)
+    """The configuration of one seed as config.yaml and W&B hold it: nested dicts, with the derived values and the run's name."""
+    values = _as_dict(run, seed)
+    del values['derived']['eval_points']  # follows from num_evals and steps
+    values['derived']['name'] = run.name(seed)
     return values
 
 
-def asked(run, seed) -> dict:
-    """What one seed computes, as the user asked for it: neither bookkeeping nor what is derived."""
-    return {k: v for k, v in as_dict(run, seed).items() if k not in (*BOOKKEEPING, 'derived')}
+def identity(run, seed) -> dict:
+    """What one seed computes, as nested dicts: the resolved configuration without bookkeeping and derived values."""
+    values = {key: value for key, value in _as_dict(run, seed).items() if key not in (*BOOKKEEPING, 'derived')}
+    for key, default in ADDED_KEYS.items():
+        section, _, name = key.rpartition('.')
+        group = values[section] if section else values
+        if group[name] == default:
+            del group[name]
+    return values
+
+
+def differences(recorded, run, seed) -> list[str]:
+    """'KEY=a there, b asked' for each key in which a recorded configuration (nested dicts) has another identity than this run."""
+    there, wanted = ADDED_KEYS | flatten(recorded), ADDED_KEYS | flatten(identity(run, seed))
+    return [f'{key}={there.get(key)} there, {value} asked' for key, value in wanted.items() if there.get(key) != value]
+
+
+def _as_dict(run, seed):
+    return dataclasses.asdict(run) | {'seed': seed, 'seeds': None}
 
 
 def flatten(values, prefix='') -> dict:
@@ -318,17 +425,3 @@ def flatten(values, prefix='') -> dict:
         else:
             flat[f'{prefix}{key}'] = value
     return flat
-
-
-def fingerprint(run, seed) -> str:
-    """8 hex digits of what one seed computes; equal configurations, however they were written, have equal ones."""
-    return hashlib.sha256(json.dumps(asked(run, seed), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def run_name(run, seed) -> str:
-    """A readable, unique name: the keys that sweeps vary, then the fingerprint for all the others."""
-    m, o = run.model, run.opt
-    schedule = o.schedule if o.decay_frac == 1 else f'{o.schedule}{o.decay_frac:g}'
-    dataset = re.sub(r'[^A-Za-z0-9_.-]+', '-', run.ds_path).strip('-.')[-24:]
-    T = f'{run.T:.3g}'.replace('+', '')
-    return f'{dataset}_D{m.D}_N{m.N}_B{o.B}_lr{o.lr:g}_{schedule}_T{T}_seed{seed}_{fingerprint(run, seed)}'

@@ -91,23 +91,23 @@ def _message(error):
 
 
 class ProgressBar:
-    """A bar of training steps, with the newest metrics, for train.train's on_steps."""
+    """A bar of training steps with the newest metrics, for train.train's on_steps. It appears with the first call."""
 
     def __init__(self, steps, description, visible=True):
-        self.bar = tqdm(total=steps, unit='step', desc=description, smoothing=0.05, disable=not visible)
-        self.metrics, self.started = {}, False
+        self.settings = dict(total=steps, unit='step', desc=description, smoothing=0.05, disable=not visible)
+        self.bar, self.metrics = None, {}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def on_steps(self, steps, metrics):
-        if not self.started:  # the first call brings the steps of earlier sessions, which are no part of this one's rate
-            self.started = True
-            self.bar.initial = self.bar.last_print_n = self.bar.n = steps
-            steps = 0
+        if self.bar is None:  # the first call brings the steps of earlier sessions, which are no part of this one's rate
+            self.bar = tqdm(initial=steps, **self.settings)
+            return
         self.metrics |= metrics
         self.bar.set_postfix({k: f'{v:.4f}' for k, v in self.metrics.items()}, refresh=False)
         self.bar.update(steps)

@@ -1,6 +1,6 @@
 """One run on 1, 2, 4 and 8 devices, and on 2 and 4 processes of this machine: do the losses agree; does it go on after a signal?
 
-    python tests/measure_hosts.py DIR            # some five minutes
+    python tests/measure_distributed.py DIR            # some five minutes
 """
 import argparse
 import os
@@ -13,8 +13,9 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import checkpoint  # noqa: E402
-import record  # noqa: E402
-from test_hosts import ROOT, losses, start  # noqa: E402
+from test_distributed import ROOT, losses, start  # noqa: E402
+
+from trainer import run_folder  # noqa: E402
 
 
 def run(count, *overrides, stop=None, devices=1):
@@ -64,7 +65,7 @@ def main():
           f'{np.abs(two / one - 1).max():.1e}', flush=True)
     out = folder / 'stopped'
     codes = run(2, *work, f'run_dir={out}', 'checkpoint_minutes=0.001', stop=1)
-    before = record.read_summary(out)
+    before = run_folder.read_summary(out)
     run(2, *work, f'run_dir={out}')
     same = losses(out) == losses(folder / 'in file order-2')
     print(f'SIGTERM to the second of two: exit codes {codes}, {before["state"]} at step {before["steps"]} of 400; gone on to the '
