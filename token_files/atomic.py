@@ -1,13 +1,23 @@
-"""Atomic writes."""
+"""Writing a file as a whole or not at all. Every file that another process may read, or a kill may interrupt, is written this way."""
+
 import os
 from pathlib import Path
 
 
-def atomic_write(path, content):
+def flush_to_disk(file) -> None:
+    """Return once everything written to an open file is on the disk itself, so that a power cut cannot lose it."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def atomic_write(path: str | Path, content: bytes | str) -> None:
+    """Write `content` (text as UTF-8) to `path` under a temporary name, then rename it.
+
+    A reader sees the old file or the new one, never a part of it. Raises OSError; the old file is then still there.
+    """
     path = Path(path)
-    part = path.with_name(path.name + '.part')
-    with open(part, 'wb') as file:
+    temporary = path.with_name(path.name + '.part')
+    with open(temporary, 'wb') as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+        flush_to_disk(file)
+    os.replace(temporary, path)
