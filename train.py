@@ -239,7 +239,7 @@ def run_config(cfg, overridden=frozenset()):
 @hydra.main(version_base=None, config_path=str(config.CONFIGS))
 def main(cfg):
     with process.one_line_errors():
-        run_config(cfg, config.overridden_keys(HydraConfig.get().overrides.task))
+        run_config(cfg, command_line.overridden_keys(HydraConfig.get().overrides.task))
 
 
 if __name__ == '__main__':

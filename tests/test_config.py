@@ -1,5 +1,6 @@
-"""Configurations: the published keys and horizons, what is derived, names, and one clear line for everything that cannot run."""
+"""Configurations: the published keys and horizons, the derived values, names, and one clear line for everything that cannot run."""
 import ast
+import dataclasses
 import os
 import pickle
 import runpy
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from trainer import config
+from trainer import command_line, config
 
-ROOT = Path(config.__file__).parent
+ROOT = config.CONFIGS.parent
 
 # Keys and defaults
 
@@ -41,20 +42,27 @@ def test_published_defaults(compose):
 
 
 def attributes_read(source):
-    """Names read as attributes anywhere in a module but in the checks of values, which are no use of a key."""
+    """Names read as attributes anywhere in a module, except in the checks of values, which are no use of a key."""
     tree = ast.parse(source)
-    tree.body = [node for node in tree.body if getattr(node, 'name', None) != '_check_values']
+    tree.body = [node for node in tree.body if getattr(node, 'name', None) != '_check_combinations']
     return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
 def test_every_key_is_read_somewhere(compose):
-    read = set().union(*(attributes_read(path.read_text()) for path in ROOT.glob('*.py')))
+    sources = [*ROOT.glob('*.py'), *ROOT.glob('trainer/*.py')]
+    read = set().union(*(attributes_read(path.read_text()) for path in sources))
     keys = {key.split('.')[-1] for key in config.flatten(OmegaConf.to_container(compose('default')))}
     assert keys - read == set()
-    assert 'weight_decoy' not in read and attributes_read('def _check_values(c): c.x\ndef f(c): c.y') == {'y'}  # the control
+    assert 'weight_decoy' not in read and attributes_read('def _check_combinations(c): c.x\ndef f(c): c.y') == {'y'}  # the control
 
 
-# Horizons and what is derived
+def test_the_default_configuration_has_every_key(compose):
+    groups = {'': config.Config, 'model.': config.Model, 'opt.': config.Opt}
+    keys = {prefix + field.name for prefix, group in groups.items() for field in dataclasses.fields(group)} - {'model', 'opt'}
+    assert set(config.flatten(OmegaConf.to_container(compose('default')))) == keys
+
+
+# Horizons and derived values
 
 def test_the_published_mlp(resolve):
     run = resolve('mlp', 'model.N=5', 'model.D=384', 'scale=1346251.612836', 'exponent=2.040882')
@@ -76,6 +84,57 @@ def test_three_ways_to_a_horizon(resolve, overrides, T):
     assert run.derived.steps == int(T // 4096)
 
 
+def test_a_horizon_set_twice_by_hand_is_refused(resolve):
+    """A T on the command line or in a sweep is not a default, and is not ignored."""
+    for other in (('token_per_param=20',), ('scale=1e5', 'exponent=2')):
+        with pytest.raises(config.ConfigError, match=f'ambiguous: T=2e.06 and {other[0][:5]}'):
+            resolve('mlp', 'T=2e6', *other, overridden={'T', *other})
+        same = resolve('mlp', *other).T
+        assert resolve('mlp', f'T={same}', *other, overridden={'T', *other}).T == same  # as a W&B agent restarts a run
+        assert resolve('mlp', 'T=null', *other, overridden={'T', *other}).T == same
+
+
+def test_overridden_keys():
+    assert command_line.overridden_keys(['++T=2e6', 'opt.lr=0.1', '+model.D=3', '~seed']) >= {'T', 'opt.lr', 'model.D'}
+    words = OmegaConf.create(['++opt.lr=${nothing}'])  # Hydra's list reads a value as a reference
+    assert command_line.overridden_keys(words) == {'opt.lr'}
+
+
+def test_an_absurd_horizon_is_refused_before_anything_is_allocated(resolve):
+    for words in (('scale=3', 'exponent=2'), ('token_per_param=1e30',), ('T=1e20',)):
+        with pytest.raises(config.ConfigError, match='steps, more than the limit'):
+            resolve('mlp', *words)
+
+
+@pytest.mark.parametrize('num_evals, steps', [(6, 500), (1000, 33_309), (100, 20), (2, 1), (1, 7), (10, 2)])
+def test_evaluation_points(num_evals, steps):
+    points = config.evaluation_points(num_evals, steps)
+    assert list(points) == sorted(set(points)) and points[0] == 0 and points[-2:] == (steps - 1, steps)
+    half = num_evals // 2
+    for i in range(half):
+        fraction = i / max(half - 1, 1)
+        if half > 1:
+            assert int(fraction * (steps - 1) + 1e-9) in points  # half spaced linearly
+            geometric = max(steps - 1, 1) ** fraction
+            assert {int(geometric - 1e-9), int(geometric + 1e-9)} & set(points)  # half geometrically
+    assert len(points) <= 2 * half + 3
+
+
+def test_published_evaluation_points(resolve):
+    assert config.evaluation_points(6, 500) == (0, 1, 22, 249, 499, 500)
+    assert resolve('mlp', 'T=2048000', 'num_evals=6').derived.eval_points == (0, 1, 22, 249, 499, 500)
+
+
+def test_evaluations_that_cost_more_than_training_are_told(resolve):
+    """An evaluation takes the gradient of every test batch, and so costs as much as that many training steps."""
+    run = resolve('mlp', 'T=2e6')  # 488 steps, evaluated 24 batches at a time
+    points = len(run.derived.eval_points)
+    assert run.derived.eval_share == pytest.approx(points * 24 / 488) and run.derived.eval_share > 10
+    warning = config.evaluation_warning(run)
+    assert f'{run.derived.eval_share:.1f} times' in warning and 'num_evals=1000' in warning and 'T_eval=100000' in warning
+    assert config.evaluation_warning(resolve('mlp', 'T=2e6', 'num_evals=20', 'T_eval=20480')) is None
+
+
 def test_derived_numbers(resolve):
     run = resolve('chess', 'ds_path=x', 'opt.B_max=128')
     d = run.derived
@@ -94,33 +153,77 @@ def test_what_wandb_gives_back_is_the_same_run(resolve):
     run = resolve('mlp', 'model.D=32', 'T=1e7', 'seeds=[0, 3]', 'checkpoint_minutes=0.5')
     logged = config.flatten(config.settings(run, 0)) | {'seeds': run.seeds}
     logged |= {short: logged[key] for short, key in config.SHORT_NAMES.items()}
-    logged['derived.flops_per_token'] = int(logged['derived.flops_per_token'])  # JSON makes 3 of 3.0
+    logged['derived.flops_per_token'] = int(logged['derived.flops_per_token'])  # JSON turns 3.0 into 3
     words = [f'{key}={value}' for key, value in logged.items()]
-    assert {'seeds=[0, 3]', 'run_dir=None', 'D=32', 'opt.mup=True', f'derived.name={config.run_name(run, 0)}'} < set(words)
-    assert resolve('mlp', *map(config.as_override, words)) == run
+    assert {'seeds=[0, 3]', 'run_dir=None', 'D=32', 'opt.mup=True', f'derived.name={run.name(0)}'} < set(words)
+    assert resolve('mlp', *map(command_line.as_override, words)) == run
+
+
+@pytest.mark.parametrize('word, wanted', [
+    ('opt.lr=0.1', '++opt.lr=0.1'), ('+opt.name=adam', '++opt.name=adam'), ('D=3', '+expect.D=3'),
+    ('derived.steps=3', '+expect.derived.steps=3'), ('hydra/launcher=slurm', 'hydra/launcher=slurm'), ('~seed', '~seed'),
+    ('-m', '-m'), ('--config-dir=x', '--config-dir=x'),
+])
+def test_words_of_the_command_line(word, wanted):
+    assert command_line.as_override(word) == wanted
 
 
 # Names
 
 def test_names_tell_configurations_apart(resolve):
     base = resolve('mlp')
-    same = resolve('mlp', 'T=1_000_000_000', 'opt.lr=4e-1', 'run_dir=elsewhere', 'wandb_mode=online', 'wandb_project=p', 'seed=0')
-    assert config.run_name(base, 0) == config.run_name(same, 0)
-    fused, alone = resolve('mlp', 'seeds=[0,3]'), resolve('mlp', 'seed=3')
-    assert config.run_name(fused, 3) == config.run_name(alone, 3)  # fused or alone
+    same = resolve('mlp', 'T=1_000_000_000', 'opt.lr=4e-1', 'run_dir=elsewhere', 'wandb_mode=online', 'wandb_project=p', 'seed=0',
+                   'opt.name=adam')
+    assert base.name(0) == same.name(0)
+    assert resolve('mlp', 'seeds=[0,3]').name(3) == resolve('mlp', 'seed=3').name(3)  # trained together or alone
     other = [('model.D=256',), ('opt.lr=0.40001',), ('opt.b2=0.9',), ('T=1.00001e9',), ('opt.mup=false',), ('seed=1',),
              ('matmul_precision=float32',), ('num_evals=50',)]
-    names = {config.run_name(run, run.seed) for run in (resolve('mlp', *o) for o in other)}
-    assert len(names | {config.run_name(base, 0)}) == len(other) + 1
+    names = {run.name(run.seed) for run in (resolve('mlp', *o) for o in other)}
+    assert len(names | {base.name(0)}) == len(other) + 1
     assert all(set(name) <= set('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-') for name in names)
+
+
+@pytest.mark.parametrize('words, name', [
+    (('mlp',), 'fourier_D128_N3_B4096_lr0.4_const_T1e09_seed0_07f5ef89'),
+    (('mlp', 'seeds=[0,3]', 'opt.decay_frac=0.2'), 'fourier_D128_N3_B4096_lr0.4_const0.2_T1e09_seed3_ec3f47f6'),
+    (('mlp', 'model.N=5', 'model.D=384', 'scale=1346251.612836', 'exponent=2.040882', 'opt.lr=0.001', 'opt.readout_lr_mult=1',
+      'opt.schedule=linear'), 'fourier_D384_N5_B4096_lr0.001_linear_T1.36e08_seed0_10390dd7'),
+    (('chess', 'ds_path=/data/my_chess.v2', 'matmul_precision=float32', 'model.dtype=bfloat16', 'seed=4'),
+     'data-my_chess.v2_D128_N3_B512_lr0.4_linear_T1e09_seed4_4dedb2db'),
+    (('cifar5m', 'model.match_mup_at_D=256'), 'cifar5m_D128_N3_B64_lr0.4_linear_T1e09_seed0_8a45d7f3'),
+])
+def test_names_do_not_change(resolve, words, name):
+    """A run resumes only if its folder is found, so that a new key, or a new way to write an old one, must not change any name."""
+    run = resolve(*words)
+    assert run.name(run.all_seeds[-1]) == name
+
+
+def test_folders(resolve, tmp_path):
+    alone, together = resolve('mlp', 'wandb_tag=tag'), resolve('mlp', 'seeds=[0,1]', 'wandb_tag=tag')
+    assert alone.folder(0) == together.folder(0) == Path('runs/tag') / alone.name(0)
+    assert together.folder(1) != together.folder(0)
+    assert resolve('mlp', f'run_dir={tmp_path}').folder(0) == tmp_path
+    chosen = resolve('mlp', 'seeds=[0,1]', f'run_dir={tmp_path}')
+    assert {chosen.folder(seed) for seed in (0, 1)} == {tmp_path / 'seed0', tmp_path / 'seed1'}
+
+
+def test_a_record_that_lacks_a_later_key_is_the_same_run(resolve):
+    run = resolve('mlp')
+    recorded = config.settings(run, 0)
+    assert config.differences(recorded, run, 0) == []
+    assert recorded['opt'].pop('name') == 'adam' and config.differences(recorded, run, 0) == []  # written before the key was added
+    recorded['opt']['name'], recorded['model']['D'] = 'other', 64
+    assert set(config.differences(recorded, run, 0)) == {'model.D=64 there, 128 asked', 'opt.name=other there, adam asked'}
 
 
 # What cannot run: one line that names the key, an exit code other than 0, nothing left behind
 
 BAD = [  # arguments, what the line must name
-    (('mlp', 'model.Dee=3'), 'model.Dee'),
-    (('mlp', 'typo=3'), 'typo'),
-    (('mlp', '+opt.name=adam'), 'opt.name'),
+    (('mlp', 'model.Dee=3'), "unknown key 'model.Dee'; configs/default.yaml lists all keys; did you mean model.D?"),
+    (('mlp', 'readout_lr_mult=3'), 'did you mean opt.readout_lr_mult?'),
+    (('mlp', 'zzzz=3'), "unknown key 'zzzz'"),
+    (('mlp', 'opt.name=adamw'), 'opt.name=adamw is unknown; choose one of adam; did you mean adam?'),
+    (('mlp', 'opt.lr=-1', 'opt.b1=2'), 'opt.lr=-1 must be greater than 0; opt.b1=2 must be less than 1'),
     (('mlp', 'D=32'), 'set model.D'),
     (('mlp', 'derived.steps=3'), 'derived.steps=3'),
     (('nothing',), 'nothing'),
@@ -138,6 +241,9 @@ BAD = [  # arguments, what the line must name
     (('mlp', 'seeds=[]'), 'seeds'),
     (('mlp', 'seeds=[1,1]'), 'seeds'),
     (('mlp', 'seed=-1'), 'seed'),
+    (('mlp', 'seeds=[0,-1]'), 'seeds[1]=-1'),
+    (('mlp', 'seed=2147483648'), 'seed'),
+    (('mlp', 'opt.lr=true'), 'opt.lr'),
     (('mlp', 'opt.lr=0'), 'opt.lr'),
     (('mlp', 'opt.lr=nan'), 'opt.lr'),
     (('mlp', 'model.N=0'), 'model.N'),
@@ -147,12 +253,16 @@ BAD = [  # arguments, what the line must name
     (('mlp', 'opt.decay_frac=0'), 'opt.decay_frac'),
     (('mlp', 'opt.weight_decay=-1'), 'opt.weight_decay'),
     (('mlp', 'opt.schedule=triangle'), 'opt.schedule'),
+    (('mlp', 'opt.schedule=liner'), 'did you mean linear?'),
     (('mlp', 'arch=rnn'), 'arch'),
     (('mlp', 'arch=transformer'), 'arch'),
     (('mlp', 'model.V=16'), 'model.V'),
     (('mlp', 'shuffle=true'), 'shuffle'),
     (('mlp', 'wandb_mode=on'), 'wandb_mode'),
     (('mlp', 'model.dtype=float8'), 'model.dtype'),
+    (('mlp', 'model.dtype=float16'), 'set model.dtype=bfloat16'),
+    (('mlp', 'model.match_mup_at_D=64', 'opt.mup=false'), 'model.match_mup_at_D'),
+    (('mlp', 'stop_above=1'), 'set watch'),
     (('mlp', 'matmul_precision=low'), 'matmul_precision'),
     (('mlp', 'opt.B=20000'), 'opt.B_max'),
     (('mlp', 'T=null'), 'token_per_param'),
@@ -160,6 +270,8 @@ BAD = [  # arguments, what the line must name
     (('mlp', 'exponent=2'), 'scale'),
     (('mlp', 'token_per_param=20', 'exponent=2', 'scale=1e6'), 'token_per_param'),
     (('mlp', 'T=4000'), 'opt.B'),
+    (('mlp', 'T=2e6', 'scale=3', 'exponent=2'), 'ambiguous: T=2e+06 and scale=3 exponent=2'),
+    (('mlp', 'scale=3', 'exponent=2'), '(scale=3 exponent=2) is 4.5e+14 steps, more than the limit'),
     (('mlp', 'T_eval=4000'), 'T_eval'),
     (('mlp', 'T_eval=null'), 'T_eval'),
     (('mlp', 'opt.warmup_tokens=1e9'), 'opt.warmup_tokens'),

@@ -1,4 +1,4 @@
-"""The sweep files hold the paper's grids with true headers, and the runner trains a grid to the end whatever befalls a point."""
+"""The sweep files hold the grids of the paper with true headers, and the runner trains a grid to its end if a point fails."""
 import functools
 import json
 import re
@@ -11,7 +11,7 @@ import yaml
 
 import train
 from experiments import run as runner
-from trainer import config
+from trainer import config, process, speed
 
 FOLDER = Path(runner.__file__).parent
 
@@ -94,7 +94,7 @@ def test_every_grid_point_is_a_valid_run_and_the_header_is_true(name):
         run, seeds = point.run, len(point.run.all_seeds)
         of_batch = 6 * run.derived.num_params * run.opt.B * run.model.L * seeds  # forward and backward
         flops += of_batch * run.derived.steps
-        evaluations = len(train.evaluation_points(run.num_evals, run.derived.steps))
+        evaluations = len(run.derived.eval_points)
         evaluation += of_batch * evaluations * run.derived.num_test_batches
     assert float(said_flops) == pytest.approx(flops, rel=5e-4)  # four digits are stated
     seconds = flops / float(rate)
@@ -125,10 +125,10 @@ def test_wandb_agent_can_run_it(name):
                     float(value)
                     pytest.fail(f'{key}: {value} is text')
     config_name, axes = runner.read_sweep(FOLDER / f'{name}.yaml')
-    with hydra.initialize_config_dir(str(Path(train.__file__).parent / 'configs'), version_base=None):
+    with hydra.initialize_config_dir(str(config.CONFIGS), version_base=None):
         cfg = hydra.compose(config_name, [f'{key}={values[0]}' for key, values in axes.items()])
     alone = config.resolve(cfg)
-    assert any(config.run_name(alone, alone.seed) == config.run_name(point.run, seed)
+    assert any(alone.name(alone.seed) == point.run.name(seed)
                for point in points_of(name) for seed in point.run.all_seeds)
 
 
@@ -154,7 +154,7 @@ def tiny(tmp_path, tmp_path_factory, monkeypatch):
     """A sweep file of 2 widths × 2 seeds × 10 steps, in a folder of its own that runs are written to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp()))
-    monkeypatch.setattr(train, 'matmul_rate', lambda dtype: 1e11)
+    monkeypatch.setattr(speed, 'matmul_rate', lambda dtype: 1e11)
     (tmp_path / 'tiny.yaml').write_text(TINY)
     return 'tiny.yaml'
 
@@ -207,10 +207,11 @@ def test_one_failure_does_not_stop_the_rest(tiny, capsys, write_tokens):
 
 
 @pytest.mark.parametrize('overrides, told', [
-    (['model.Q=3'], "unknown key 'model.Q'"),
+    (['model.Q=3'], "unknown key 'model.Q'; configs/default.yaml lists all keys; did you mean model."),
+    (['T=700', 'token_per_param=1'], 'model.D=16: the horizon is ambiguous: T=700'),
     (['model.D=8,abc'], 'model.D=abc: model.D'),
     (['opt.schedule=linear,line'], 'opt.schedule=line: opt.schedule=line is unknown'),
-    (['model.D'], 'model.D is no override'),
+    (['model.D'], 'model.D is not an override'),
     (['model.D=8,8'], 'two points of the grid write the folder'),
     (['run_dir=here'], 'two points of the grid write the folder'),
 ])
@@ -222,16 +223,30 @@ def test_bad_grids_are_refused_before_the_first_run(tiny, overrides, told):
 
 @pytest.mark.parametrize('text, told', [
     ('a: [', 'is not YAML'),
-    ('method: bayes', 'is no grid sweep'),
+    ('method: bayes', 'is not a grid sweep'),
     ('{method: grid, parameters: {}}', 'names no configuration'),
-    ('{method: grid, parameters: {}, command: [-cn, chesss]}', 'chesss'),
+    ('{method: grid, parameters: {}, command: [-cn, chesss]}', 'did you mean chess?'),
     ('{method: grid, parameters: {T: 3}, command: [-cn, mlp]}', 'parameter T has no values'),
 ])
 def test_bad_files_are_refused(tmp_path, text, told):
     (tmp_path / 'bad.yaml').write_text(text)
     message = run(str(tmp_path / 'bad.yaml'))
     assert told in message and '\n' not in message
-    assert 'missing.yaml' in run(str(tmp_path / 'missing.yaml'))
+
+
+def test_a_missing_file_is_told_with_what_is_there(tmp_path):
+    message = run(str(tmp_path / 'mpl.yaml'))
+    assert 'there is no sweep file' in message and 'mlp_fit' in message and message.endswith('did you mean mlp?')
+    assert '\n' not in message and 'Errno' not in message
+
+
+def test_the_paper_authors_key_for_the_optimizer_is_accepted(tiny):
+    """Sweep files of the paper's authors set opt.name, which does not change the runs."""
+    name, axes = runner.read_sweep(tiny)
+    points = [runner.expand(name, axes | more) for more in ({}, {'opt.name': ['adam']})]
+    assert [point.run for point in points[0]] == [point.run for point in points[1]]
+    with pytest.raises(config.ConfigError, match='opt.name=adan is unknown; choose one of adam; did you mean adam'):
+        runner.expand(name, axes | {'opt.name': ['adan']})
 
 
 def test_overrides_and_seeds(tiny):
@@ -243,7 +258,7 @@ def test_overrides_and_seeds(tiny):
         ({'model.D': 32}, 0.01, 'online', [0, 1]), ({'model.D': 64}, 0.01, 'online', [0, 1])]
     grouped = runner.expand(name, axes)[0].run
     alone = runner.expand(name, axes | {'seed': [1]})[0].run
-    assert config.run_name(alone, 1) == config.run_name(grouped, 1), 'fused or alone, a seed is the same run'
+    assert alone.name(1) == grouped.name(1), 'fused or alone, a seed is the same run'
     assert alone.seeds is None
 
 
@@ -253,7 +268,39 @@ def test_dry_run_trains_nothing(tiny, capsys):
     assert not Path('runs').exists()
 
 
-@pytest.mark.parametrize('stop, code', [(train.Interrupted(15), 128 + 15), (KeyboardInterrupt(), 128 + 2)])
+def test_evaluations_that_cost_more_than_training_are_warned_of(tiny, capsys):
+    """10 steps and 4 evaluations of one batch each: cheap. Of 4 batches each: 1.6 times the training."""
+    assert run(tiny, '--dry-run') == 0 and 'warning' not in capsys.readouterr().out
+    assert run(tiny, '--dry-run', 'T_eval=64,256') == 0
+    out = capsys.readouterr().out
+    assert 'evaluation +100%' in out
+    assert 'warning, 2 of 4 points: evaluations cost 1.6 times the FLOPs of training; lower num_evals=2 or T_eval=256 (' in out
+
+
+def test_the_time_left_counts_neither_start_up_nor_compilation(tiny, monkeypatch):
+    """Each run takes 60 s to start and compile, then 1 s a step. An earlier session has done 4 steps of the second run."""
+    clock = iter([0.0, 60, 61, 62, 63, 123, 124])
+    monkeypatch.setattr(runner.time, 'monotonic', lambda: next(clock))
+    points = runner.expand(*runner.read_sweep(tiny))
+    first, second = (2 * point.run.derived.compute / 10 for point in points)  # FLOPs of a step of both seeds
+    with open('bar.txt', 'w') as file, runner.SweepBar(10 * (first + second), file=file) as bar:
+        bar.start(points[0])
+        for steps in (0, 1):
+            bar.on_steps(steps, {})
+            assert bar.format_dict['rate'] == 0, 'unknown until the first step after compilation'
+        for steps in (1, 1):
+            bar.on_steps(steps, {})
+            assert bar.format_dict['rate'] == pytest.approx(first)
+        bar.start(points[1])
+        for steps in (4, 1):
+            bar.on_steps(steps, {})
+            assert bar.format_dict['rate'] == pytest.approx(first), 'neither the start-up nor the earlier session counts'
+        bar.on_steps(1, {})
+        assert bar.format_dict['rate'] == pytest.approx((2 * first + second) / 3)
+        assert bar.n == pytest.approx(3 * first + 6 * second)
+
+
+@pytest.mark.parametrize('stop, code', [(process.Interrupted(15), 128 + 15), (KeyboardInterrupt(), 128 + 2)])
 def test_an_interrupt_stops_with_its_own_exit_code(tiny, capsys, monkeypatch, stop, code):
     def interrupted(run, on_steps):
         raise stop

@@ -56,26 +56,6 @@ class Bench:
         return jax.tree.map(lambda a: np.asarray(a[seed]), self.state.params)
 
 
-# Evaluation points
-
-@pytest.mark.parametrize('num_evals, steps', [(6, 500), (1000, 33_309), (100, 20), (2, 1), (1, 7), (10, 2)])
-def test_evaluation_points(num_evals, steps):
-    points = config.evaluation_points(num_evals, steps)
-    assert points == sorted(set(points)) and points[0] == 0 and points[-2:] == [steps - 1, steps]
-    half = num_evals // 2
-    for i in range(half):
-        fraction = i / max(half - 1, 1)
-        if half > 1:
-            assert int(fraction * (steps - 1) + 1e-9) in points  # half spaced linearly
-            geometric = max(steps - 1, 1) ** fraction
-            assert {int(geometric - 1e-9), int(geometric + 1e-9)} & set(points)  # half geometrically
-    assert len(points) <= 2 * half + 3
-
-
-def test_published_evaluation_points():
-    assert config.evaluation_points(6, 500) == [0, 1, 22, 249, 499, 500]
-
-
 # What a run logs
 
 ALWAYS = {'step', 'tokens', 'compute', 'tau', 'lr', 'test_loss', 'h', 'f', 'Bgvar', 'gvar', 'g2_mean', 'gmean2'}
@@ -84,7 +64,7 @@ LATER = {'train_loss', 'dh', 'df', 'Buvar', 'uvar', 'u2_mean', 'umean2'}
 
 def test_both_ends_are_evaluated_and_nothing_undefined_is_logged(straight):
     run = straight.run
-    assert [row['step'] for row in straight.rows] == config.evaluation_points(run.num_evals, 20) and straight.rows[-1]['step'] == 20
+    assert [row['step'] for row in straight.rows] == list(run.derived.eval_points) and straight.rows[-1]['step'] == 20
     for row in straight.rows:
         assert row.keys() == (ALWAYS | LATER if row['step'] else ALWAYS)
         assert all(math.isfinite(v) for v in row.values())
@@ -140,7 +120,7 @@ def test_fused_seeds_are_the_seeds_alone(straight, small_mlp, tmp_path):
             # Measured: no bit of difference. Batched products may sum in another order elsewhere: 1e-7 a step, over 20 steps.
             assert fused[k] == pytest.approx(alone[k], rel=1e-4), (k, alone['step'])
     assert histories[0][-1]['test_loss'] != pytest.approx(histories[1][-1]['test_loss'], rel=1e-4)  # the control
-    assert config.as_dict(straight.run, 1)['model'] == config.as_dict(small_mlp('seeds=[0,1,2]'), 1)['model']
+    assert config.settings(straight.run, 1)['model'] == config.settings(small_mlp('seeds=[0,1,2]'), 1)['model']
 
 
 def test_any_cut_of_the_same_steps_gives_the_same_state(small_mlp):

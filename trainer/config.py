@@ -192,7 +192,7 @@ def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
     """Returns the checked configuration with all derived values.
 
     cfg: mapping with the keys of configs/default.yaml. vocab_size: that of the data set; rounded up to a multiple of 32 it replaces
-    model.V. overridden: the keys set on the command line or by a sweep (see `overridden_keys`); a T among them must not contradict
+    model.V. overridden: the keys set on the command line or by a sweep (see command_line.py); a T among them must not contradict
     the other keys of the horizon. Raises ConfigError.
     """
     try:
@@ -212,21 +212,20 @@ def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
     params_by_role = models.param_groups(cfg.arch, m)
     p = sum(params_by_role.values())
     T, source = _horizon(cfg, p, overridden)
+    horizon = f'T={T:.6g} tokens{source}'
     tokens_per_step = o.B * m.L
     steps = int(T // tokens_per_step)
     warmup_steps = int(o.warmup_tokens // tokens_per_step)
     num_test_batches = cfg.T_eval // tokens_per_step
     if steps < 1:
-        raise ConfigError(f'{source}: T={T:.6g} tokens is less than one step of opt.B·model.L={tokens_per_step}; '
-                          'raise the horizon or lower opt.B')
+        raise ConfigError(f'{horizon} is less than one step of opt.B·model.L={tokens_per_step}; raise the horizon or lower opt.B')
     if steps > MAX_STEPS:
-        raise ConfigError(f'{source}: T={T:.6g} tokens is {steps:.3g} steps, more than the limit of {MAX_STEPS:.0e}; '
-                          'lower the horizon')
+        raise ConfigError(f'{horizon} is {steps:.3g} steps, more than the limit of {MAX_STEPS:.0e}; lower the horizon')
     if num_test_batches < 1:
         raise ConfigError(f'T_eval={cfg.T_eval} is less than one test batch of opt.B·model.L={tokens_per_step}; '
                           f'set T_eval to at least {tokens_per_step}')
     if warmup_steps >= steps:
-        raise ConfigError(f'opt.warmup_tokens={o.warmup_tokens:.6g} covers all of the T={T:.6g} tokens; lower it or raise T')
+        raise ConfigError(f'opt.warmup_tokens={o.warmup_tokens:.6g} covers all of {horizon}; lower it or raise the horizon')
     derived = Derived(
         num_params=p, params_by_role=params_by_role, tokens_per_step=tokens_per_step, steps=steps,
         compute=6.0 * p * steps * tokens_per_step, warmup_steps=warmup_steps, num_test_batches=num_test_batches,
@@ -263,9 +262,10 @@ def _plain(cfg):
 
 def _message(error):
     """One of pydantic's errors as a line: the key, what came and what is wanted."""
-    key, kind, value = '.'.join(map(str, error['loc'])), error['type'], error.get('input')
+    key = ''.join(f'[{part}]' if isinstance(part, int) else f'.{part}' for part in error['loc']).lstrip('.')
+    kind, value = error['type'], error['input']
     if kind == 'unexpected_keyword_argument':
-        return unknown_key(key)
+        return unknown_key(next(iter(flatten({key: value})), key))
     if kind == 'missing':
         return f'{key} is missing; configs/default.yaml lists all keys'
     shown = f'{key}={"null" if value is None else value}'
@@ -274,19 +274,20 @@ def _message(error):
         return f'{shown} is unknown; choose one of {", ".join(choices)}{suggest(str(value), choices)}'
     if kind == 'dataclass_type':
         return f'{shown} must be a group of keys; set them one by one, e.g. {key}.KEY=value'
-    wanted = str(error['ctx']['error']) if kind == 'value_error' else error['msg'].replace('Input should be', 'must be')
-    return f'{shown} {wanted}'
+    if kind == 'value_error':  # raised by a function of this file
+        return f'{shown} {error["ctx"]["error"]}'
+    return f'{shown} {error["msg"].replace("Input should be", "must be").partition(",")[0]}'
 
 
 def _horizon(cfg, p, overridden):
-    """(T in tokens, the keys that set it): one of three ways (paper, appendix C)."""
+    """(T in tokens, ' (the keys that set it)' or '' for T itself), by one of three ways (paper, appendix C)."""
     given = {key: getattr(cfg, key) for key in ('token_per_param', 'scale', 'exponent') if getattr(cfg, key) is not None}
     source = ' '.join(f'{key}={value:g}' for key, value in given.items())
     ways = 'set token_per_param, or scale and exponent together, or T'
     if not given:
         if cfg.T is None:
             raise ConfigError(f'no horizon: token_per_param, scale, exponent and T are all null; {ways}')
-        return cfg.T, f'T={cfg.T:g}'
+        return cfg.T, ''
     if 'token_per_param' in given:
         if len(given) > 1:
             raise ConfigError(f'the horizon is ambiguous: {source}; {ways}')
@@ -301,7 +302,7 @@ def _horizon(cfg, p, overridden):
     # The T of a configuration file is a default, which the other keys replace. W&B restarts a run with the T that it had logged.
     if 'T' in overridden and cfg.T is not None and not math.isclose(cfg.T, T):
         raise ConfigError(f'the horizon is ambiguous: T={cfg.T:g} and {source}, which means T={T:.6g}; {ways}')
-    return T, source
+    return T, f' ({source})'
 
 
 def _check_combinations(cfg):
@@ -331,7 +332,7 @@ def _check_combinations(cfg):
                                                              'set watch to the log of the ladder')
 
 
-# Words of the command line
+# Suggestions for a typo
 
 def suggest(word, choices) -> str:
     """'; did you mean X?' with the closest of the choices, or '' if none is close. A dotted choice may lack its first part."""
@@ -340,39 +341,11 @@ def suggest(word, choices) -> str:
     return f'; did you mean {by_name[close[0]]}?' if close else ''
 
 
-def all_keys() -> list[str]:
-    """Every key of a configuration, dotted."""
-    groups = {'': Config, 'model.': Model, 'opt.': Opt}
-    return [prefix + field.name for prefix, group in groups.items() for field in dataclasses.fields(group)]
-
-
 def unknown_key(key) -> str:
     """The message for a key that does not exist."""
-    return f'unknown key {key!r}{suggest(key, all_keys())}; configs/default.yaml lists all keys'
-
-
-def check_config_name(name):
-    """Raises ConfigError if there is no configs/<name>.yaml."""
-    names = sorted(path.stem for path in CONFIGS.glob('*.yaml'))
-    if name not in names:
-        raise ConfigError(f'there is no configs/{name}.yaml{suggest(name, names)}; choose one of {", ".join(names)}')
-
-
-def as_override(word) -> str:
-    """A word of the command line in the form that Hydra accepts for any key, so that `resolve` reports the unknown ones.
-
-    A W&B agent restarts a preempted run with all that the run has logged. What is logged beside the configuration's own keys goes
-    under `expect`, and `resolve` compares it with the values that it derives.
-    """
-    key, equals, _ = word.partition('=')
-    if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*', key):
-        return word  # an option of Hydra's, a configuration group, or an override that already has a prefix
-    return f'+expect.{word}' if key in SHORT_NAMES or key.startswith('derived.') else f'++{word}'
-
-
-def overridden_keys(overrides) -> frozenset[str]:
-    """The keys that these overrides ('++T=2e6', 'opt.lr=0.1', …) set."""
-    return frozenset(word.partition('=')[0].lstrip('+') for word in overrides)
+    groups = {'': Config, 'model.': Model, 'opt.': Opt}
+    keys = [prefix + field.name for prefix, group in groups.items() for field in dataclasses.fields(group)]
+    return f'unknown key {key!r}; configs/default.yaml lists all keys{suggest(key, keys)}'
 
 
 def _check_expected(run, expected):
@@ -381,8 +354,8 @@ def _check_expected(run, expected):
         dotted = SHORT_NAMES.get(key, key)
         found = values.get(dotted)
         if value != found and str(value) != str(found):  # JSON turns 3.0 into 3
-            advice = 'derived values cannot be set' if dotted.startswith('derived.') else f'set {dotted}'
-            raise ConfigError(f'{key}={value}: {dotted} is {found}; {advice}')
+            advice = 'leave it out' if dotted.startswith('derived.') else f'set {dotted}'
+            raise ConfigError(f'{key}={value} cannot be set: {dotted} is {found} here; {advice}')
 
 
 # What is recorded
