@@ -176,6 +176,19 @@ def verdict(curves, result, L0):
                    {'run': curves.run[odd], 'num_params': float(curves.p[curves.model[odd]]), 'departure': float(alone[odd])})
 
 
+def verdict_in_words(result):
+    """One line on the result of `analyse`: whether there is supercollapse, and from which x on."""
+    if len(result['num_params']) < 2:
+        return 'supercollapse cannot be decided: one model'
+    if min(result['seeds_per_model']) < 2:
+        return 'supercollapse cannot be decided: ' + (
+            'one seed a model' if max(result['seeds_per_model']) < 2 else 'a model with one seed has no noise floor σ')
+    x = result['supercollapse_from']
+    if np.isnan(x):
+        return 'no supercollapse: averaged over models, Δ is not below σ up to the end of training'
+    return f'supercollapse: Δ < σ from x = {x:.2f} on, averaged over models'
+
+
 class Uncertainty(NamedTuple):
     """Draws over seeds and L0 together."""
     L0: np.ndarray         # [S]

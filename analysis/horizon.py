@@ -16,6 +16,7 @@ POINTS_PER_DECADE = 40   # of the common grid of compute
 BANDWIDTH = 0.05         # decades of compute over which a loss curve is smoothed, small beside a model's reign (~0.3)
 WINDOW = 0.4             # decades either side of the tangent point over which its root is fitted
 STAIRCASE = 1000         # points of the envelope in the authors' fit
+ENOUGH_POINTS = 5        # tangent points; with fewer a note says that they are few
 
 
 class Curves(NamedTuple):
@@ -160,19 +161,47 @@ def _falling_root(x, slope):
 
 
 def staircase(curves):
-    """The authors' fit: the envelope's best model at STAIRCASE log-spaced budgets, the end models dropped, least squares.
+    """The authors' fit by least squares to the best model at STAIRCASE log-spaced amounts of compute, without the end models.
 
-    Its points are steps of a staircase and far from independent: no interval can be read off them.
+    Its points are the steps of a staircase and far from independent, so that it gives no interval. None for fewer than two steps.
     """
-    best = envelope(curves)[1]
-    fine = np.geomspace(curves.compute[0], curves.compute[-1], STAIRCASE)
-    nearest = np.searchsorted(np.sqrt(curves.compute[1:] * curves.compute[:-1]), fine)
-    index = best[nearest]
-    used = (index > 0) & (index < len(curves.p) - 1)
-    if len(np.unique(index[used])) < 2:
+    best, compute = _steps(curves)
+    used = (best > 0) & (best < len(curves.p) - 1)
+    if len(np.unique(best[used])) < 2:
         return None
-    scale, exponent, r2 = _line_fit(np.log(curves.p[index[used]]), np.log(fine[used]))
+    scale, exponent, r2 = _line_fit(np.log(curves.p[best[used]]), np.log(compute[used]))
     return {'scale': scale, 'exponent': exponent, 'r2': r2, 'points': int(used.sum())}
+
+
+def _steps(curves):
+    """(index of the best model, -1 where no run has data; compute in FLOPs) at STAIRCASE log-spaced amounts of compute."""
+    fine = np.geomspace(curves.compute[0], curves.compute[-1], STAIRCASE)
+    return envelope(curves)[1][np.searchsorted(np.sqrt(curves.compute[1:] * curves.compute[:-1]), fine)], fine
+
+
+def notes(curves, found):
+    """What the user should know about a fit: how many points it rests on, and why the paper's own kind of fit differs."""
+    said = []
+    if found.seeds == 1:
+        said.append('a model has one seed, so the noise of its seeds is not in the intervals')
+    if found.exponent_ci is None:
+        return said + ['two tangent points: the line through them is exact and has no interval']
+    if len(found.p) < ENOUGH_POINTS:
+        said.append(f'the line is fitted to {len(found.p)} tangent points only; more widths narrow the interval of the exponent')
+    low, high = found.exponent_ci
+    if found.staircase is None or low <= found.staircase['exponent'] <= high:
+        return said
+    text = (f'the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}, outside the 90% interval of the '
+            'tangent points')
+    best, compute = _steps(curves)
+    later = np.minimum.accumulate(np.where(best < 0, len(curves.p), best)[::-1])[::-1]  # smallest best model from here on
+    used = (best > 0) & (best < len(curves.p) - 1)
+    early, kept = used & (best > later), used & (best <= later)
+    if early.any() and len(np.unique(best[kept])) > 1:
+        without = _line_fit(np.log(curves.p[best[kept]]), np.log(compute[kept]))[1]
+        return said + [f'{text}: {early.sum()} of its {used.sum()} points lie where a smaller model becomes the best one again at '
+                       f'a larger compute. Without them it gives {without:.2f}']
+    return said + [f'{text}. Its points are correlated, and it has no interval of its own']
 
 
 def _line_fit(log_p, log_compute):

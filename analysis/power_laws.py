@@ -92,11 +92,11 @@ class JointFit(NamedTuple):
     error: float   # root mean square relative residual
 
 
-def fit_joint(t, p, loss_values):
-    """Fit eq. 5 with its multipliers to points t, p, L [n] of constant-rate runs (fig. 5a), by relative least squares.
+def fit_joint(t, p, loss_values, ratio=None):
+    """Fit of eq. 5 with free multipliers to points t, p, L [n] of constant-rate runs (fig. 5a), by relative least squares.
 
-    Given µ and ν the rest is linear and non-negative, so only two numbers are searched (variable projection): a grid, then
-    Nelder-Mead from its best cell.
+    `ratio` holds ν/µ. Given µ and ν the fit is linear with non-negative coefficients, so only µ and ν are searched (variable
+    projection): a grid, then Nelder-Mead from its best point. Raises LogError for fewer than three models.
     """
     from scipy.optimize import minimize, nnls
     t, p, L = (np.asarray(v, float) for v in (t, p, loss_values))
@@ -104,16 +104,50 @@ def fit_joint(t, p, loss_values):
         raise LogError(f'the joint fit in t and p needs at least three models, got {len(np.unique(p))}')
     t0, p0 = np.exp(np.log(t).mean()), np.exp(np.log(p).mean())
 
-    def linear(exponents):
-        mu, nu = np.exp(exponents)
+    def exponents(free):  # free: log µ, and log ν if it is not held
+        return np.exp(free[0]), ratio * np.exp(free[0]) if ratio else np.exp(free[1])
+
+    def linear(free):
+        mu, nu = exponents(free)
         columns = np.stack([np.ones_like(t), (t / t0) ** -mu, (p / p0) ** -nu], -1) / L[:, None]
         return nnls(columns, np.ones_like(t))
-    grid = [(m, n) for m in np.log(np.geomspace(0.05, 2, 12)) for n in np.log(np.geomspace(0.05, 2, 12))]
-    start = min(grid, key=lambda e: linear(e)[1])
-    best = minimize(lambda e: linear(e)[1], start, method='Nelder-Mead', options={'xatol': 1e-5, 'fatol': 1e-9}).x
+    axis = np.log(np.geomspace(0.05, 2, 12))
+    grid = [(m,) for m in axis] if ratio else [(m, n) for m in axis for n in axis]
+    start = min(grid, key=lambda free: linear(free)[1])
+    best = minimize(lambda free: linear(free)[1], start, method='Nelder-Mead', options={'xatol': 1e-5, 'fatol': 1e-9}).x
     (L0, A, B), residual = linear(best)
-    mu, nu = np.exp(best)
+    mu, nu = exponents(best)
     return JointFit(float(L0), float(A * t0 ** mu), float(mu), float(B * p0 ** nu), float(nu), float(residual / np.sqrt(len(t))))
+
+
+def notes(table, found, late=0.3):
+    """Two sentences on why ν/µ of the joint fit is outside the interval of γ of the horizon fit `found`; [] if it is inside.
+
+    The two are equal where a sum of two power laws describes the whole curves. So the misfit is compared with the noise of the
+    seeds, and the fit is repeated with ν/µ held at γ, and for x >= `late` only. `table` is the argument of `mean_curves`.
+    """
+    gamma, points = found.exponent - 1, mean_curves(table)
+    whole = fit_joint(*points)
+    low, high = np.array(found.exponent_ci or [found.exponent] * 2) - 1
+    if low <= whole.nu / whole.mu <= high:
+        return []
+    held, end = fit_joint(*points, ratio=gamma), fit_joint(*mean_curves(table, from_share=late))
+    noise = _seed_noise(table)
+    beside = f', {whole.error / noise:.1f} times the noise of the seed means' if noise > 0 else ''
+    return [f'ν/µ = {whole.nu / whole.mu:.2f} of the joint fit is not γ = {gamma:.2f} of the horizon fit: a sum of two power laws '
+            f'misses the whole curves by {whole.error:.2%} (root mean square){beside}',
+            f'fitted from x = {late:g} on, ν/µ is {end.nu / end.mu:.2f} and the misfit {end.error:.2%}; with ν/µ held at γ, the '
+            f'misfit of the whole curves is {held.error:.2%}']
+
+
+def _seed_noise(table):
+    """Relative standard deviation of the seed means at their horizons, pooled over models; NaN for one seed."""
+    horizon = horizon_of(table)
+    by_model = {}
+    for run, rows in table.groupby('run', sort=False):
+        by_model.setdefault(rows['num_params'].iloc[0], []).append(loss_at(rows, [horizon[run]])[0])
+    variances = [np.var(losses, ddof=1) / len(losses) / np.mean(losses) ** 2 for losses in by_model.values() if len(losses) > 1]
+    return float(np.sqrt(np.mean(variances))) if variances else np.nan
 
 
 def mean_curves(table, from_share=0.02, points=60, until=1.0):

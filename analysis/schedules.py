@@ -1,8 +1,11 @@
-"""Predicting a loss curve under one learning-rate schedule from the constant-rate run: L(τ) = L_const(τ) + α·δη·Tr Σ.
+"""Predicts a loss curve under one learning-rate schedule from the constant-rate run: L(τ) = L_const(τ) + α·δη·Tr Σ.
 
-Qiu et al. (2025) §3.2, eqs. 14-16. Runs are aligned at equal gradient-flow time τ (the sum of the rates); Tr Σ is `Buvar`,
-the trace of the mini-batch covariance of the preconditioned gradient, of the predicted run itself; δη the difference of
-the schedules, in [-1, 0]. Theory gives α = 1/4; here it is fitted, and judged on schedules left out of the fit.
+Qiu et al. (2025) §3.2, eqs. 14-16. Runs are compared at equal gradient-flow time τ, the sum of the rates. δη is the difference of
+the two rates over the peak rate, in [-1, 0]. Tr Σ is the trace of the mini-batch covariance of the preconditioned gradient of the
+predicted run. Theory gives α = 1/4. Here α is fitted, and judged on schedules that were left out of the fit.
+
+Logs hold the trace as `Buvar`, the mean over n test batches of the squared deviation from their own mean, as published. Its
+expectation is (n - 1)/n of Tr Σ. The fit uses the unbiased trace, which is n/(n - 1) times as large.
 """
 
 from typing import NamedTuple
@@ -13,116 +16,150 @@ from analysis.scaling_law import LEVEL
 from analysis.table import LogError, require, runs
 
 THEORY = 0.25      # eq. 14
-HAND_SET = 0.26    # the authors' value for the MLP (0.21 for CIFAR-5M)
-RATES = {  # rate over its peak at x, the share of the run: the shapes of optimizer.py that decay from the first step on
+HAND_SET = 0.26    # the authors' value for the MLP (0.21 for CIFAR-5M), for the trace as logged
+RATES = {  # rate over its peak at x, the share of the run: the schedules of optimizer.py that decay from the first step on
     'linear': lambda x: 1 - x, 'cosine': lambda x: (1 + np.cos(np.pi * x)) / 2, 'quadratic': lambda x: 1 - x ** 2}
-HALF_LIFE = 0.01   # of the run, for the smoothing of the pictures
+HALF_LIFE = 0.01   # of the run, for the smoothing in figures
+SETTLED = 20       # steps until Adam's second moment no longer remembers its start, at b2 = 0.95
 
 
 class Aligned(NamedTuple):
-    """A run beside its constant-rate reference at equal τ. Arrays [n], one entry an evaluation inside the reference."""
+    """A run beside its constant-rate reference at equal τ. Arrays [n] have an entry for each evaluation inside the reference."""
     run: str
     reference_run: str
     schedule: str
     decay_frac: float
     p: float
-    tokens_total: float   # T, tokens at the end of the run
+    tokens_total: float   # tokens at the end of the run
     peak_lr: float
     x: np.ndarray         # tokens over tokens_total
     tau: np.ndarray
     eta: np.ndarray       # rate over its peak
-    reference_eta: np.ndarray    # that of the constant-rate run at the same τ: 1 but for its warm-up
+    reference_eta: np.ndarray    # the same of the reference: 1 after its warm-up
     loss: np.ndarray
     reference: np.ndarray        # L_const(τ)
-    noise: np.ndarray            # Tr Σ of the run, Buvar; NaN where it was not measured
-    reference_noise: np.ndarray  # Tr Σ of the constant-rate run at the same τ
+    noise: np.ndarray            # Tr Σ of the run, NaN where it was not measured
+    reference_noise: np.ndarray  # Tr Σ of the reference
+    logged_share: float   # the trace as logged over Tr Σ: (n - 1)/n, or 1 where n is not known
 
     @property
     def delta_eta(self):
-        return np.where(self.reference_eta < 1 - 1e-6, 0, self.eta - 1)  # both warm up alike
+        """δη, 0 during the warm-up, which both runs have."""
+        return np.where(self.reference_eta < 1 - 1e-6, 0, self.eta - 1)
 
     @property
     def decaying(self):
-        """Evaluations of the decay phase: the rate differs from the reference's, and Tr Σ is known."""
+        """True at evaluations in the decay phase: the rate differs from the reference's, and Tr Σ is known."""
         return (self.delta_eta < -1e-9) & np.isfinite(self.noise)
 
     @property
     def drop(self):
-        """Loss that the decay has taken off by the end, against the constant rate at equal τ."""
+        """Loss that the decay has removed by the end of the run, relative to the reference at equal τ."""
         return self.reference[-1] - self.loss[-1]
 
 
 class Fit(NamedTuple):
     alpha: float
-    alpha_se: float     # sandwich over the reference runs, whose noise all their decaying runs share; NaN for a single run
+    alpha_se: float     # cluster-robust over the reference runs, whose noise their decaying runs share; NaN for a single run
     alpha_ci: list      # 90%, Student's t with groups - 1 degrees of freedom, or None
-    rmse: float         # over all evaluations of the decay phases, in units of the loss
+    rmse: float         # over all evaluations in decay phases, in units of the loss
     runs: int
-    groups: int         # reference runs; with a single one, the decaying runs stand alone and its noise is not in alpha_se
+    groups: int         # reference runs. If there is one, the clusters are the decaying runs and its own noise is not in alpha_se
+
+
+def trace_share(table):
+    """[rows] The trace as logged over the unbiased trace: (n - 1)/n for n test batches, 1 where n is not known.
+
+    It is NaN for n = 1, because one batch has no deviation from its own mean.
+    """
+    if 'num_test_batches' not in table:
+        return np.ones(len(table))
+    n = table['num_test_batches'].to_numpy(float)
+    return np.where(np.isnan(n), 1.0, np.where(n > 1, (n - 1) / np.maximum(n, 1), np.nan))
 
 
 def align(table):
-    """(list of Aligned, notes): every run with a decaying rate beside a `const` run of the same model, B and peak rate.
+    """(list of Aligned, notes). Every run with a decaying rate is paired with a `const` run of the same model, B and peak rate.
 
-    Of several, the reference with the same T and seed is preferred, then the longest. Raises LogError if the log lacks what
-    the prediction needs, or if no run has a reference.
+    Of several such runs, one with the same tokens is preferred, then one with the same seed, then the longest. Raises LogError
+    if the log lacks a column, or if no run has a reference.
     """
     require(table, ['num_params', 'schedule', 'peak_lr', 'test_loss', 'lr', 'tau', 'tokens', 'Buvar'], 'schedule prediction')
+    notes = []
+    table = table.assign(share=trace_share(table), noise=lambda t: t['Buvar'] / t['share'])
     ends = runs(table)
+    unknown = (ends['share'] == 1).sum()
+    if unknown:
+        notes.append(f'{unknown} runs do not say on how many test batches n their trace was measured (num_test_batches); '
+                     'the trace is used as logged, which makes α too large by n/(n - 1)')
     rows = dict(list(table.groupby('run', sort=False)))
-    same = [c for c in ('num_params', 'D', 'N', 'L', 'B', 'peak_lr') if c in ends]
     constant = ends[ends['schedule'] == 'const']
     aligned, alone = [], []
     for run, end in ends[ends['schedule'] != 'const'].iterrows():
-        match = constant
-        for column in same:
-            match = match[(match[column] == end[column]) | (match[column].isna() & (end[column] != end[column]))]
-        if not len(match):
+        name = _reference(constant, end)
+        if name is None:
             alone.append(run)
             continue
-        rank = [(abs(one['tokens'] - end['tokens']) <= 0.01 * end['tokens'], one.get('seed') == end.get('seed'), one['tokens'])
-                for _, one in match.iterrows()]
-        name = match.index[max(range(len(rank)), key=rank.__getitem__)]
-        reference = rows[name]
-        own = rows[run]
+        reference, own = rows[name], rows[run]
         own = own[(own['tau'] >= reference['tau'].iloc[0]) & (own['tau'] <= reference['tau'].iloc[-1])]
         if len(own) < 2:
             alone.append(run)
             continue
         at = own['tau'].to_numpy()
-        beside = {column: np.interp(at, reference['tau'], reference[column]) for column in ('lr', 'test_loss', 'Buvar')}
+        beside = {column: np.interp(at, reference['tau'], reference[column]) for column in ('lr', 'test_loss', 'noise')}
         aligned.append(Aligned(
             run, name, end['schedule'], float(end.get('decay_frac', np.nan)), float(end['num_params']), float(end['tokens']),
             float(end['peak_lr']), (own['tokens'] / end['tokens']).to_numpy(), at, (own['lr'] / end['peak_lr']).to_numpy(),
-            beside['lr'] / end['peak_lr'], own['test_loss'].to_numpy(), beside['test_loss'], settled_noise(own), beside['Buvar']))
+            beside['lr'] / end['peak_lr'], own['test_loss'].to_numpy(), beside['test_loss'], settled_noise(own), beside['noise'],
+            float(end['share'])))
     if not aligned:
         found = ', '.join(sorted(ends['schedule'].dropna().unique()))
         raise LogError('no run with a decaying rate has a constant-rate run of the same model, batch and peak rate beside it '
                        f'(schedules in the log: {found})')
-    notes = [f'{len(alone)} runs have no constant-rate run beside them: {", ".join(sorted(alone)[:3])}'] if alone else []
+    if alone:
+        notes.append(f'{len(alone)} runs have no constant-rate run beside them: {", ".join(sorted(alone)[:3])}')
     return aligned, notes
 
 
-def settled_noise(rows):
-    """Tr Σ of a run's evaluations, NaN in the first 20 steps, the memory of Adam's second moment at b2 = 0.95.
+def _reference(constant, end):
+    """Name of the constant-rate run to pair with the run that ends in the row `end`, or None."""
+    match = constant
+    for column in ('num_params', 'D', 'N', 'L', 'B', 'peak_lr'):
+        if column in match:
+            match = match[(match[column] == end[column]) | (match[column].isna() & (end[column] != end[column]))]
+    if not len(match):
+        return None
+    rank = [(abs(one['tokens'] - end['tokens']) <= 0.01 * end['tokens'], one.get('seed') == end.get('seed'), one['tokens'])
+            for _, one in match.iterrows()]
+    return match.index[max(range(len(rank)), key=rank.__getitem__)]
 
-    Until a weight has had a gradient its preconditioner is peak_lr/eps, so the trace of the first steps is up to 1e13: any weight
-    of the decay there, however small, would decide the fit.
+
+def settled_noise(rows):
+    """Tr Σ [rows] of a run, from the column `noise`, NaN in the first SETTLED steps.
+
+    A weight that has had no gradient yet has the preconditioner peak_lr/eps, so the trace of the first steps reaches 1e13. Even
+    where the rate has hardly decayed, such a value would decide the fit.
     """
-    noise = rows['Buvar'].to_numpy()
-    return np.where(rows['step'] < 20, np.nan, noise) if 'step' in rows else noise
+    noise = rows['noise'].to_numpy()
+    return np.where(rows['step'] < SETTLED, np.nan, noise) if 'step' in rows else noise
+
+
+def as_logged(aligned):
+    """The same runs with the published, biased trace in place of Tr Σ."""
+    return [one._replace(noise=one.noise * one.logged_share, reference_noise=one.reference_noise * one.logged_share,
+                         logged_share=1.0) for one in aligned]
 
 
 def predict(one, alpha):
-    """Predicted loss [n] of an aligned run, eq. 16; the constant-rate loss itself for alpha 0."""
+    """Predicted loss [n] of an aligned run, eq. 16. With alpha = 0 it is the constant-rate loss."""
     noise = np.where(one.delta_eta == 0, 0, one.noise) if alpha else np.zeros_like(one.loss)
     return one.reference + alpha * one.delta_eta * noise
 
 
 def fit(aligned, second_term=False):
-    """α by least squares over the decay phases of all runs, every evaluation counting alike.
+    """α by least squares over the decay phases of all runs; every evaluation has the same weight.
 
-    second_term=True fits the whole of eq. 15, α·δ(η·Tr Σ), in place of α·δη·Tr Σ; the paper drops the rest (appendix I).
+    second_term=True fits α·δ(η·Tr Σ), the whole of eq. 15, in place of α·δη·Tr Σ. The paper drops the rest (appendix I).
     Raises LogError if there is no decay phase.
     """
     z = [_term(one, second_term)[one.decaying] for one in aligned]
@@ -153,28 +190,85 @@ def _term(one, second_term):
     return one.eta * one.noise - one.reference_noise if second_term else one.delta_eta * one.noise
 
 
+def rmse_relative(aligned, alpha):
+    """Root mean square of the residual over the loss range of the run's decay phase, over all evaluations in decay phases."""
+    ratio = [(one.loss - predict(one, alpha))[one.decaying] / np.ptp(one.loss[one.decaying])
+             for one in aligned if one.decaying.sum() > 1 and np.ptp(one.loss[one.decaying]) > 0]
+    return float(np.sqrt(np.mean(np.concatenate(ratio) ** 2))) if ratio else np.nan
+
+
+def relative_error(one, alpha):
+    """Mean absolute error over the decay phase, relative to the loss drop that the decay causes by its end."""
+    return float(np.abs(one.loss - predict(one, alpha))[one.decaying].mean() / one.drop)
+
+
+def leave_one_out(aligned):
+    """One dict a schedule: `alpha_without`, fitted without any run of that schedule, and the errors of predicting its runs.
+
+    An error is the mean over runs of `relative_error`: `error` with alpha_without, `theory` with 1/4, `hand_set` with the authors'
+    value and the trace as logged, `no_noise_term` with α = 0.
+    """
+    rows = []
+    for key in sorted({(one.schedule, one.decay_frac) for one in aligned}):
+        held = [one for one in aligned if (one.schedule, one.decay_frac) == key and one.decaying.any() and one.drop > 0]
+        rest = [one for one in aligned if one.schedule != key[0]]
+        if not held:
+            continue
+        alpha = fit(rest).alpha if rest else np.nan
+        errors = {name: float(np.mean([relative_error(one, value) for one in chosen]))
+                  for name, value, chosen in (('error', alpha, held), ('hand_set', HAND_SET, as_logged(held)),
+                                             ('theory', THEORY, held), ('no_noise_term', 0, held))}
+        rows.append({'schedule': key[0], 'decay_frac': key[1], 'runs': len(held), 'alpha_without': alpha, **errors})
+    return rows
+
+
+def analyse(table):
+    """(result, notes) of a log of several schedules: α with its interval, the same with the trace as logged, and the errors.
+
+    `alpha_published` is fitted with the trace as logged and is the number to compare with the paper's.
+    """
+    aligned, notes = align(table)
+    result, published, whole = fit(aligned), fit(as_logged(aligned)), fit(aligned, second_term=True)
+    if result.groups == 1 < result.runs:
+        notes.append('one constant-rate run: its own noise is not in the standard error of α')
+    if result.runs == 1:
+        notes.append('a single run with a decay phase: α has no standard error and no schedule can be left out')
+    return result._asdict() | {
+        'alpha_published': published.alpha, 'alpha_published_se': published.alpha_se, 'alpha_published_ci': published.alpha_ci,
+        'rmse_relative': rmse_relative(aligned, result.alpha), 'leave_one_schedule_out': leave_one_out(aligned),
+        'hand_set': {'alpha': HAND_SET, 'rmse_relative': rmse_relative(as_logged(aligned), HAND_SET)},
+        'with_second_term': {'alpha': whole.alpha, 'rmse': whole.rmse}}, notes
+
+
+# ---- predicting a run that has not been trained ---------------------------------------------------------------------
+
+
 def alpha_of_reference(table):
-    """(α, its standard deviation from run to run) where Tr Σ is the constant-rate run's at equal τ, all that is known of a run not
-    yet trained: 1.24 times the α of the runs' own Tr Σ in the authors' log, 1.46 times in ours. The deviation is what the law gets
-    wrong of a run; NaN if there is one run only."""
+    """(α, its standard deviation over runs) for the Tr Σ of the constant-rate run, which is all that is known before training.
+
+    This α is larger than that for the run's own Tr Σ: by 1.24 in the authors' log, by 1.46 in ours. The standard deviation measures
+    the error of the law for one run. It is NaN if there is one run.
+    """
     aligned = [one._replace(noise=np.where(one.x < 0.05, np.nan, one.reference_noise)) for one in align(table)[0]]
     each = [fit([one]).alpha for one in aligned if one.decaying.any()]
     return fit(aligned).alpha, float(np.std(each, ddof=1)) if len(each) > 1 else np.nan
 
 
 def noise_share(table, p, L0, floor=0.1):
-    """Tr Σ/(L - L0) [S] of constant-rate runs with p parameters, for floors L0 [S]: a log-log line through a table's models.
+    """Tr Σ/(L - L0) [S] of a constant-rate run with p parameters, for irreducible losses L0 [S].
 
-    Eq. 17 makes it constant along a run; it is averaged over x >= floor, in the log. Raises LogError without Tr Σ (Buvar).
+    By eq. 17 the ratio is constant along a run. Its logarithm is averaged over x >= floor, and a line in log p through the models
+    of the table extrapolates it. Raises LogError if the log has no trace, or other schedules.
     """
     require(table, ['Buvar', 'num_params', 'compute', 'test_loss'], 'another schedule')
     found = sorted(set(table['schedule'].dropna())) if 'schedule' in table else []
     if found != ['const']:
         raise LogError(f'another schedule is derived from constant-rate runs; the log has {", ".join(found) or "no schedule"}')
-    late = table[(table['compute'] >= floor * table.groupby('run')['compute'].transform('max')) & (table['Buvar'] > 0)]
+    table = table.assign(noise=table['Buvar'] / trace_share(table))
+    late = table[(table['compute'] >= floor * table.groupby('run')['compute'].transform('max')) & (table['noise'] > 0)]
     if not len(late):
         raise LogError('the log has no Tr Σ (Buvar); another schedule needs it')
-    share = np.log(late['Buvar'].to_numpy() / (late['test_loss'].to_numpy() - L0[:, None]))      # [S, n]
+    share = np.log(late['noise'].to_numpy() / (late['test_loss'].to_numpy() - L0[:, None]))      # [S, n]
     models = np.unique(late['num_params'])
     mean = np.stack([share[:, late['num_params'] == one].mean(1) for one in models])             # [M, S]
     slope, level = np.polyfit(np.log(models / models[-1]), mean, 1)                              # [S] each
@@ -199,39 +293,8 @@ def apply_schedule(name, x, reducible, share, alpha, horizon_ratio=1.0):
     return constant * (1 - (alpha * share)[:, None] * (1 - rate))
 
 
-def rmse_relative(aligned, alpha):
-    """Root mean square of residual / loss range of its run's decay phase, over all evaluations of the decay phases."""
-    ratio = [(one.loss - predict(one, alpha))[one.decaying] / np.ptp(one.loss[one.decaying])
-             for one in aligned if one.decaying.sum() > 1 and np.ptp(one.loss[one.decaying]) > 0]
-    return float(np.sqrt(np.mean(np.concatenate(ratio) ** 2))) if ratio else np.nan
-
-
-def relative_error(one, alpha):
-    """Mean absolute error over the decay phase, as a share of the drop that the decay causes by its end."""
-    return float(np.abs(one.loss - predict(one, alpha))[one.decaying].mean() / one.drop)
-
-
-def leave_one_out(aligned):
-    """One dict a schedule: α fitted without any run of that schedule, and the errors of predicting them, averaged over runs.
-
-    Errors are mean absolute over the decay phase, relative to the drop (`relative_error`): `error` with the left-out α,
-    `hand_set` and `theory` with those, `no_noise_term` with the constant-rate loss at equal τ alone.
-    """
-    rows = []
-    for key in sorted({(one.schedule, one.decay_frac) for one in aligned}):
-        held = [one for one in aligned if (one.schedule, one.decay_frac) == key and one.decaying.any() and one.drop > 0]
-        rest = [one for one in aligned if one.schedule != key[0]]
-        if not held:
-            continue
-        alpha = fit(rest).alpha if rest else np.nan
-        errors = {name: float(np.mean([relative_error(one, value) for one in held]))
-                  for name, value in {'error': alpha, 'hand_set': HAND_SET, 'theory': THEORY, 'no_noise_term': 0}.items()}
-        rows.append({'schedule': key[0], 'decay_frac': key[1], 'runs': len(held), 'alpha_without': alpha, **errors})
-    return rows
-
-
 def smooth(x, y, half_life=HALF_LIFE):
-    """Exponential moving average of y over x (share of the run), from its first finite value on; for pictures only."""
+    """Exponential moving average of y over x (share of the run), from its first finite value on. For figures only."""
     smoothed = np.array(y, float)
     keep = 0.5 ** (np.diff(x) / half_life)
     for i in range(1, len(smoothed)):

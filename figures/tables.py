@@ -18,7 +18,8 @@ from analysis.table import LogError, clean, load, runs
 X_SHOWN = (0.25, 0.5, 0.75, 0.9)  # normalised compute at which Δ and σ are given
 LADDER_COLUMNS = ('log', 'widths', 'seeds', 'a', 'b', 'L0', *(f'Δ / σ at {x:g}' for x in X_SHOWN), 'Δ < σ from x =')
 HORIZON_COLUMNS = ('log', 'widths', 'seeds', 'κ', '1+γ', 'tangent points')
-SCHEDULE_COLUMNS = ('log', 'schedules', 'α', 'error of a schedule left out, of the drop', 'rms error, of the loss range')
+SCHEDULE_COLUMNS = ('log', 'schedules', 'α', 'α with the trace as logged', 'error of a schedule left out, of the drop',
+                    'rms error, of the loss range')
 
 # What `summary` shows of a result, in this order, by the names of fields and JSON keys.
 QUANTITIES = {
@@ -60,7 +61,7 @@ def onset_text(x, decidable=True):
 
 
 def sizes(table):
-    """'widths 36 … 144', '5 seeds' of a table."""
+    """The widths and the seeds per model as text: '32 … 128 (5)', '5'."""
     each = runs(table)
     widths = sorted(each['D'].dropna().astype(int).unique()) if 'D' in each else []
     seeds = each.groupby('num_params').size()
@@ -90,20 +91,22 @@ def horizon_row(name, table):
             str(len(found.p)))
 
 
-def steady_row(name, table):
+def constant_rate_row(name, table):
+    """The collapse of constant-rate runs up to their fitted horizon."""
     return ladder_row(name, clean(horizon.at_horizon(table))[0])
 
 
 def schedule_row(name, table):
-    aligned, _ = schedules.align(table)
-    found, errors = schedules.fit(aligned), schedules.leave_one_out(aligned)
-    share = [row['error'] for row in errors if np.isfinite(row['error'])]
-    return (name, ', '.join(sorted({row['schedule'] for row in errors})), f'{found.alpha:.3f} ± {found.alpha_se:.3f}',
-            f'{min(share):.0%} to {max(share):.0%}' if share else '', f'{schedules.rmse_relative(aligned, found.alpha):.1%}')
+    found, _ = schedules.analyse(table)
+    rows = found['leave_one_schedule_out']
+    errors = [row['error'] for row in rows if np.isfinite(row['error'])]
+    return (name, ', '.join(sorted({row['schedule'] for row in rows})),
+            *(f'{found[key]:.3f} ± {found[f"{key}_se"]:.3f}' for key in ('alpha', 'alpha_published')),
+            f'{min(errors):.0%} to {max(errors):.0%}' if errors else '', f'{found["rmse_relative"]:.1%}')
 
 
 def tables(paths):
-    """{columns: rows} of the logs at `paths`, and the reasons for what is missing."""
+    """({columns: rows}, reasons for the rows that are missing) of the logs at `paths`."""
     found, reasons = {HORIZON_COLUMNS: [], LADDER_COLUMNS: [], SCHEDULE_COLUMNS: []}, []
 
     def add(columns, row, name, table):
@@ -118,9 +121,9 @@ def tables(paths):
         kinds = set(table['schedule'].dropna()) if 'schedule' in table else set()
         table, _, _ = clean(table)
         if kinds == {'const'}:
-            steady, _ = horizon.constant_rate(table)
-            add(HORIZON_COLUMNS, horizon_row, name, steady)
-            add(LADDER_COLUMNS, steady_row, f'{name}, to the horizon', steady)
+            constant, _ = horizon.constant_rate(table)
+            add(HORIZON_COLUMNS, horizon_row, name, constant)
+            add(LADDER_COLUMNS, constant_rate_row, f'{name}, to the horizon', constant)
         elif len(kinds) > 1:
             add(SCHEDULE_COLUMNS, schedule_row, name, table)
         else:

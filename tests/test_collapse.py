@@ -1,7 +1,6 @@
 """Normalisation, Δ and σ hold the paper's identities, exact laws collapse, seed noise gives the verdict it should."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -134,10 +133,21 @@ def test_one_model_one_seed_and_mixed_ladders():
         collapse.analyse(planted(), L0=5.0)
 
 
+def test_the_verdict_in_words():
+    words = collapse.verdict_in_words
+    found, _ = collapse.analyse(planted(offset=5e-3, jitter=2e-4, seeds=5), draws=20)
+    assert words(found) == f'supercollapse: Δ < σ from x = {found["supercollapse_from"]:.2f} on, averaged over models'
+    independent, _ = collapse.analyse(planted(offset=0, jitter=5e-3, seeds=5, gamma=0.8), draws=20)
+    assert words(independent).startswith('no supercollapse')
+    assert words(collapse.analyse(planted(seeds=1))[0]) == 'supercollapse cannot be decided: one seed a model'
+    assert words(collapse.analyse(planted(models=1), L0=0.1)[0]) == 'supercollapse cannot be decided: one model'
+    fewer = planted()
+    fewer = fewer[~fewer['run'].isin(['D32-s1', 'D32-s2', 'D32-s3'])]
+    assert 'a model with one seed' in words(collapse.analyse(fewer)[0])
+
+
 def command(*arguments, module='collapse'):
-    environment = {k: v for k, v in os.environ.items()}
-    return subprocess.run([sys.executable, '-m', 'figures', module, *map(str, arguments)], capture_output=True, text=True,
-                          env=environment)
+    return subprocess.run([sys.executable, '-m', 'figures', module, *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_command(tmp_path):
@@ -148,6 +158,7 @@ def test_command(tmp_path):
             'ddof', 'seeds_per_model', 'duplicates_dropped', 'widths'} <= set(result)
     assert {'a', 'b', 'L0', 'r2', 'a_ci', 'b_ci', 'L0_ci'} <= set(result['fit'])
     assert min(result['widths']) == 64 and (tmp_path / 'figure.png').stat().st_size > 10_000
+    assert command(tmp_path / 'log.parquet').stdout.splitlines()[0].startswith('supercollapse: Δ < σ from x = ')
     wrong = command(tmp_path / 'log.parquet', '--max-width', 1)
     assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1 and 'no model with a width' in wrong.stderr
 

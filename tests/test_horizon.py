@@ -79,6 +79,22 @@ def test_too_little_is_refused():
         horizon.constant_rate(planted().drop(columns='num_params'))
 
 
+def test_a_note_says_why_the_steps_of_the_envelope_disagree():
+    """A larger model that is best early, where all curves are close, moves the paper's fit. The note gives the fit without it."""
+    curves = horizon.smooth_curves(planted(seeds=1, jitter=0, offset=5e-3, evals=400))
+    found = horizon.fit(curves)
+    assert found.exponent_ci[0] < found.staircase['exponent'] < found.exponent_ci[1]
+    agreed = horizon.notes(curves, found)
+    assert len(agreed) == 2 and 'one seed' in agreed[0] and '4 tangent points only' in agreed[1]
+    early = curves.compute < 0.3 * found.compute[0]
+    disturbed = curves._replace(loss=[loss * np.where(early, 0.5, 1) if i == 3 else loss for i, loss in enumerate(curves.loss)])
+    moved = horizon.fit(disturbed)
+    assert abs(moved.exponent - found.exponent) < 0.05 < 0.5 < abs(moved.staircase['exponent'] - found.staircase['exponent'])
+    note = horizon.notes(disturbed, moved)[-1]
+    assert 'a smaller model becomes the best one again' in note
+    assert float(note.split()[-1]) == pytest.approx(found.staircase['exponent'], abs=0.1)
+
+
 def test_command(tmp_path):
     logs.write_parquet(planted(), tmp_path / 'log.parquet', source='planted')
     done = command(tmp_path / 'log.parquet', '--json', '--out', tmp_path / 'figure.pdf', module='horizon')

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from analysis import power_laws
+from analysis import horizon, power_laws
 from analysis import table as logs
+from tests.logs_of import power_law_table
 
 
 def test_two_terms_collapse_exactly_at_the_optimal_exponent_alone():
@@ -55,5 +56,22 @@ def test_joint_fit_recovers_the_planted_law():
     np.testing.assert_allclose([exact.L0, exact.A, exact.mu, exact.B, exact.nu], [0.5, 30, 0.4, 10, 0.35], rtol=5e-3)
     noisy = power_laws.fit_joint(t, p, truth * (1 + 1e-3 * rng.normal(size=len(t))))
     assert noisy.error == pytest.approx(1e-3, rel=0.2)
+    held = power_laws.fit_joint(t, p, truth, ratio=0.35 / 0.4)
+    np.testing.assert_allclose([held.mu, held.nu], [0.4, 0.35], rtol=5e-3)
+    off = power_laws.fit_joint(t, p, truth, ratio=1.5)
+    assert off.nu / off.mu == pytest.approx(1.5) and off.error > 10 * exact.error
     with pytest.raises(logs.LogError, match='at least three models'):
         power_laws.fit_joint(t[:80], p[:80], truth[:80])
+
+
+def test_notes_say_why_the_exponents_of_the_two_fits_differ():
+    """There is no note where two power laws describe the curves. A transient at the start moves ν/µ, and the note says how far."""
+    exact = power_law_table(np.random.default_rng(0), past=10.0, schedule='const', seeds=2, offset=1e-3, jitter=1e-4, evals=400)
+    found = horizon.fit(horizon.smooth_curves(exact))
+    assert power_laws.notes(horizon.with_horizon(exact, found.scale, found.exponent), found) == []
+    share = exact['compute'] / horizon.optimal_compute(exact['num_params'], found.scale, found.exponent)
+    transient = exact.assign(test_loss=exact['test_loss'] * (1 + 0.3 * np.exp(-share / 0.05)))
+    notes = power_laws.notes(horizon.with_horizon(transient, found.scale, found.exponent), found)
+    assert len(notes) == 2 and 'times the noise of the seed means' in notes[0] and 'from x = 0.3 on' in notes[1]
+    whole, late = (float(note.split('ν/µ ')[1].split()[1]) for note in notes)
+    assert abs(late - 1) < abs(whole - 1) / 2                                     # γ = 1 is planted

@@ -56,7 +56,10 @@ def test_the_variants_of_the_authors_logs(tmp_path, kind):
     assert sorted(table['num_params'].unique()) == [1000, 2000]
     np.testing.assert_allclose(table['tokens'], 64 * table['step'])             # given or derived from compute
     np.testing.assert_allclose(table['compute'], 6 * table['tokens'] * table['num_params'])
-    assert ('Buvar' in table) == (kind == 'schedules') and ('opt_compute' in table) == (kind == 'mlp')
+    assert ('Buvar' in table) == ('num_test_batches' in table) == (kind == 'schedules')
+    if kind == 'schedules':                                                     # T_eval 2,048,000 in batches of 64 times 1,024
+        assert set(table['num_test_batches']) == {31}
+    assert ('opt_compute' in table) == (kind == 'mlp')
     assert not (table.select_dtypes('number') == -1).any().any()                # missing is missing
 
 
@@ -122,9 +125,11 @@ def test_a_missing_column_of_a_pickle(tmp_path):
 
 def run_folder(folder, losses, state='finished', tail='', seed=0, **opt):
     folder.mkdir(parents=True)
-    config = {'model': {'D': 64, 'N': 3, 'L': 1, 'V': 8}, 'opt': {'B': 4, 'lr': 0.01, 'schedule': 'linear', 'decay_frac': 1.0,
-              **opt}, 'seed': seed, 'T': 4 * (len(losses) - 1), 'scale': 1e6, 'exponent': 2.0, 'wandb_tag': 'mine',
-              'derived': {'num_params': 100, 'steps': len(losses) - 1}, 'environment': {'revision': 'abc1234', 'device': 'cpu'}}
+    config = {'model': {'D': 64, 'N': 3, 'L': 1, 'V': 8},
+              'opt': {'B': 4, 'lr': 0.01, 'schedule': 'linear', 'decay_frac': 1.0, **opt},
+              'seed': seed, 'T': 4 * (len(losses) - 1), 'scale': 1e6, 'exponent': 2.0, 'wandb_tag': 'mine',
+              'derived': {'num_params': 100, 'steps': len(losses) - 1, 'num_test_batches': 7},
+              'environment': {'revision': 'abc1234', 'device': 'cpu'}}
     (folder / 'config.yaml').write_text(yaml.safe_dump(config))
     rows = [{'step': i, 'tokens': 4 * i, 'compute': 2400 * i, 'lr': 0.01, 'test_loss': loss} for i, loss in enumerate(losses)]
     (folder / 'history.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + tail)
@@ -139,6 +144,7 @@ def test_a_folder_of_runs(tmp_path):
     assert list(table['run'].unique()) == ['mine/a', 'mine/b'] and len(table) == 5
     first = table.iloc[0]
     assert (first['D'], first['B'], first['peak_lr'], first['seed'], first['tag']) == (64, 4, 0.01, 1, 'mine')
+    assert first['num_test_batches'] == 7
     assert first['opt_compute'] == 6 * 100 * 8                                          # its horizon was set by scale, exponent
     cleaned, notes, _ = logs.clean(table)
     assert list(cleaned['run'].unique()) == ['mine/a'] and '1 unfinished runs left out: mine/b' in notes[0]
