@@ -2,11 +2,13 @@
 
 The record on disk, which is the original, is run_folder.py's. Reading W&B back is save_logs.py's.
 """
+import atexit
 import functools
 import os
 import queue
 import secrets
 import shutil
+import sys
 import threading
 import time
 from functools import partial
@@ -91,10 +93,13 @@ class WandbLogger:
         self.calls.put(end)
         self.calls.put(None)
         self._wait()
-        if self.thread.is_alive() or self.error:
-            reason = brief(self.error) if self.error else 'no answer'
-            warn(f'W&B did not receive all of the run ({reason}); repeat the command to send the rest, or run  wandb sync '
-                 f'{self.folder}/wandb/run-*')
+        if self.thread.is_alive():  # a signal ended the waiting
+            warn('W&B does not answer, and has not received all of the run; repeat the command to send the rest')
+            atexit.register(exit_now, 128 + self.stops[0])  # called before the client's own exit handler, which would wait
+            return False
+        if self.error:
+            warn(f'W&B did not receive all of the run ({brief(self.error)}); repeat the command to send the rest, or run  '
+                 f'wandb sync {self.folder}/wandb/run-*')
             return False
         return self.online
 
@@ -110,6 +115,11 @@ class WandbLogger:
                 told = True
                 limit = TIMEOUT_INTERRUPTED if signals else TIMEOUT
                 note(f'waiting up to {limit} s for W&B; the record in {self.folder} is complete, and Ctrl-C stops the waiting')
+
+
+def exit_now(code):
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def log_in(run):
