@@ -165,8 +165,8 @@ class Session:
         """Ends a seed whose forecast final loss is above stop_above with 95% probability (run.stop_above)."""
         limit, low = self.run.stop_above, row.get('forecast_lo90', -np.inf)
         if limit is not None and self.step < self.run.derived.steps and distributed.any_process(low > limit):
-            note(f'seed {self.seeds[i]}: stopped at step {self.step:,} of {self.run.derived.steps:,}: the forecast of its final loss '
-                 f'is above {low:.5g} with 95% probability, and stop_above={limit:g}')
+            note(f'seed {self.seeds[i]}: stopped at step {self.step:,} of {self.run.derived.steps:,}: its forecast final loss is '
+                 f'above {low:.5g} with 95% probability, and stop_above={limit:g}')
             self.close(i, 'stopped')
 
     def totals(self):

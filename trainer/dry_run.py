@@ -2,8 +2,8 @@
 
     python train.py -cn chess model.D=2048 scale=855499.217040 exponent=2.026780 model.fsdp_enabled=true dry_run=true
 
-XLA compiles for this machine's platform. On a CPU, which stands in for eight devices, the bytes of parameters and moments are those of
-any chip. Temporaries are not, since each chip's compiler chooses its own.
+XLA compiles for this machine's platform. On a CPU, which stands in for eight devices, the bytes of parameters and moments are those
+of any chip. Temporaries are not, since each chip's compiler chooses its own.
 """
 import dataclasses
 import tempfile

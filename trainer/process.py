@@ -24,8 +24,8 @@ class Interrupted(Exception):
 def stop_signals():
     """Yields a list of the stop signals received, for the training loop to read between two dispatches.
 
-    A second signal, at least REPEAT_SECONDS after the first, ends the process at once, whatever it waits for. A thread sees to that,
-    because Python runs signal handlers only after the call in progress (to a device, to a server) has returned.
+    A second signal, at least REPEAT_SECONDS after the first, ends the process at once, whatever it waits for. A thread sees to
+    that, because Python runs signal handlers only after the call in progress (to a device, to a server) has returned.
     """
     received = []
     read_end, write_end = os.pipe()
