@@ -37,7 +37,7 @@ def check_config(words):
     names = [words[i + 1] for i, word in enumerate(words[:-1]) if word in FLAGS]
     names += [word.partition('=')[2] for word in words if word.startswith(tuple(f'{flag}=' for flag in FLAGS))]
     if not names:
-        raise config.ConfigError(f'no configuration is named; choose one of {", ".join(config_names())}, e.g.  {EXAMPLE}')
+        raise config.ConfigError(f'no configuration is named; choose one of {", ".join(config_names())}: {EXAMPLE}')
     check_config_name(names[-1].removesuffix('.yaml'))
 
 
