@@ -1,11 +1,12 @@
-"""Foresee a run before it is trained: a larger model's whole loss curve from a ladder of smaller ones, with intervals.
+"""The loss curve of a larger model, forecast from a ladder of smaller ones before it is trained, with intervals.
 
     python -m figures forecast LOG --target D=2048 [--max-width 1024] [--seen 0.3]
     python -m figures forecast LOG --target each [--seen 0.3]            every larger model from every set of smaller ones
     python -m figures forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
 
-The model is ladder_field.py's; here are targets, budgets, baselines and errors. Errors are relative to the reducible loss L - L0 of
-the truth, with the L0 of the law fitted to the *whole* log, target included: a forecast's own L0 does not flatter it.
+The statistical model is in ladder_field.py. This file has the targets, two baselines, and the errors of a forecast whose target is in
+the log. Errors are relative to the target's reducible loss L - L0. L0 is that of the scaling law through the whole log, target
+included, so that a forecast is not judged by its own L0.
 """
 
 from typing import NamedTuple
@@ -16,32 +17,26 @@ from analysis import scaling_law, schedules
 from analysis.beyond import ladder_field
 from analysis.table import LogError, require, runs
 
-FROM = 0.1                        # errors are taken over FROM <= x <= 1
-BUDGETS = (1, 2, 5, 10, 30, 100)  # times the largest compute of the ladder
+ERRORS_FROM_X = 0.1                        # errors are taken over this x to 1
+BUDGET_MULTIPLES = (1, 2, 5, 10, 30, 100)  # of the largest compute of the ladder
+SAME_MODEL_TOLERANCE = 0.01                # a p this close to a model's is that model: printed counts have three digits or more
+MAX_COMPUTE_RATIO = 100                    # a target beyond this multiple of the ladder's largest compute gets a warning
 
 
 class Target(NamedTuple):
+    """The model to forecast."""
     p: float
-    compute: float     # FLOPs, C*
-    seeds: int         # runs that the bands are for the mean of: those in the log, else one
-    truth: np.ndarray  # [G] seed mean at Ladder.fine, or None
-    seen: np.ndarray   # [K] the same at the knots, NaN after the part that may be used, or None
+    compute: float        # FLOPs, C*
+    seeds: int            # the bands are for the mean of so many runs: those in the log, else one
+    truth: np.ndarray     # [G] mean over seeds at Ladder.grid, None if the target is not in the log
+    observed: np.ndarray  # [K] the same at the knots, NaN after the part that the forecast may use; None if it may use none
 
 
-def optimal_compute(ladder, p):
-    """C* of models with p parameters: the ladder's own rule, a line in log-log (exact where a rule set the horizons)."""
-    line = np.polyfit(np.log(ladder.p), np.log(ladder.compute), 1)
-    return np.exp(np.polyval(line, np.log(p)))
-
-
-def optimal_params(ladder, compute):
-    """The inverse of optimal_compute."""
-    slope, level = np.polyfit(np.log(ladder.p), np.log(ladder.compute), 1)
-    return np.exp((np.log(compute) - level) / slope)
+# ---- targets -------------------------------------------------------------------------------------------------------
 
 
 def params_of(table, wanted):
-    """Parameters of a target 'p=…' or 'D=…'. A width that is not in the log: p = c·D² + d·D + e through those that are."""
+    """Parameters of a target 'p=…' or 'D=…'. For a width that is not in the log, a·D² + b·D + c is fitted to those that are."""
     key, _, value = wanted.partition('=')
     try:
         value = float(value)
@@ -60,141 +55,170 @@ def params_of(table, wanted):
     return float(np.polyval(np.polyfit(*known.T, 2), value))
 
 
-def split(ladder, p, most=np.inf, seen=0.0, tokens=None):
-    """(Ladder of the models below the target and with p <= most, Target): the target's own curve is its truth, if it is there."""
-    below = (ladder.p < p * 0.999) & (ladder.p <= most)
-    if below.sum() < 3:
-        raise LogError(f'{below.sum()} models are smaller than the target with {p:.4g} parameters; a forecast needs at least three')
-    small = ladder_field.choose(ladder, below)
-    at = np.flatnonzero(np.isclose(ladder.p, p, rtol=1e-3))
-    if not len(at):
+def nearest_model(ladder, p):
+    """Parameters of the ladder's model within SAME_MODEL_TOLERANCE of p, or p itself if there is none."""
+    nearest = ladder.p[np.abs(np.log(ladder.p / p)).argmin()]
+    return float(nearest) if abs(nearest / p - 1) <= SAME_MODEL_TOLERANCE else p
+
+
+def optimal_compute(ladder, p):
+    """C* in FLOPs of a model with p parameters: a straight line through the ladder in log C*, log p."""
+    line = np.polyfit(np.log(ladder.p), np.log(ladder.compute), 1)
+    return np.exp(np.polyval(line, np.log(p)))
+
+
+def optimal_params(ladder, compute):
+    """Parameters of the model whose C* is `compute`: the inverse of optimal_compute."""
+    slope, level = np.polyfit(np.log(ladder.p), np.log(ladder.compute), 1)
+    return np.exp((np.log(compute) - level) / slope)
+
+
+def split(ladder, p, largest_p=np.inf, seen=0.0, tokens=None):
+    """(Ladder of the models below the target and up to largest_p, Target with p parameters).
+
+    If the log holds the target, its curve is the truth, and its part up to x = seen is observed. Else its horizon is `tokens`, or
+    what the ladder gives. Raises LogError for fewer than three smaller models and for options that contradict the log.
+    """
+    p = nearest_model(ladder, p)
+    smaller = (ladder.p < p * 0.999) & (ladder.p <= largest_p)
+    if smaller.sum() < 3:
+        raise LogError(f'{smaller.sum()} models are smaller than the target with {p:.6g} parameters; a forecast needs at least three')
+    small = ladder_field.select(ladder, smaller)
+    if p not in ladder.p:
         if seen:
-            raise LogError(f'--seen {seen:g}: the log holds no run of the target with {p:.4g} parameters')
+            raise LogError(f'--seen {seen:g}: the log holds no run of a model with {p:.6g} parameters; it has '
+                           f'{", ".join(f"{one:.6g}" for one in ladder.p)}')
         return small, Target(p, float(6 * p * tokens if tokens else optimal_compute(small, p)), 1, None, None)
     if tokens:
-        raise LogError(f'--horizon: the log holds the target with {p:.4g} parameters, and its horizon')
-    runs_there = ladder.losses[at[0]]
-    early = np.where(ladder.x <= seen + 1e-9, runs_there.mean(0), np.nan) if seen else None
-    return small, Target(p, float(ladder.compute[at[0]]), len(runs_there), ladder.mean[at[0]], early)
+        raise LogError(f'--horizon: the log already holds a model with {p:.6g} parameters, and its horizon; leave --horizon out')
+    model = list(ladder.p).index(p)
+    losses = ladder.losses[model]
+    observed = np.where(ladder.x <= seen + 1e-9, losses.mean(0), np.nan) if seen else None
+    return small, Target(p, float(ladder.compute[model]), len(losses), ladder.mean[model], observed)
 
 
-def forecast(ladder, target, seed=0):
-    """Posterior curves of the target, mean of target.seeds runs, as ladder_field.Draws with T = 1."""
-    early = None if target.seen is None else target.seen[None]
-    return posterior(ladder, [target.compute], early, target.seeds, seed)
+# ---- forecasts -----------------------------------------------------------------------------------------------------
 
 
-def posterior(ladder, compute, losses=None, seeds=1, seed=0, scales=None):
-    """Draws for targets at compute [T] FLOPs, see ladder_field.field; `scales` [S, 6] if they have been sampled already."""
-    rng = np.random.default_rng(seed)
-    field = ladder_field.field(ladder, np.asarray(compute, float), losses, seeds)
-    return ladder_field.draw(field, rng, ladder_field.sample(field, rng) if scales is None else scales)
+def posterior_curves(ladder, compute, observed=None, seeds=1, rng_seed=0, scales=None):
+    """ladder_field.Draws for T targets at compute [T] FLOPs.
+
+    observed [T, K]: see ladder_field.build_field. scales [S, 6]: of an earlier call of ladder_field.sample_scales, to save its time.
+    """
+    rng = np.random.default_rng(rng_seed)
+    field = ladder_field.build_field(ladder, np.asarray(compute, float), observed, seeds)
+    return ladder_field.draw_curves(field, rng, ladder_field.sample_scales(field, rng) if scales is None else scales)
+
+
+def forecast(ladder, target, rng_seed=0):
+    """ladder_field.Draws (T = 1) of the mean curve of target.seeds runs."""
+    observed = None if target.observed is None else target.observed[None]
+    return posterior_curves(ladder, [target.compute], observed, target.seeds, rng_seed)
 
 
 def bands(loss):
-    """Median and the 50% and 90% intervals of draws [S, ...]."""
-    lo90, lo50, mean, hi50, hi90 = np.quantile(loss, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
-    return {'mean': mean, 'lo50': lo50, 'hi50': hi50, 'lo90': lo90, 'hi90': hi90}
+    """Median ('mean') and the 50% and 90% intervals of draws [S, ...]."""
+    lo90, lo50, median, hi50, hi90 = np.quantile(loss, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
+    return {'mean': median, 'lo50': lo50, 'hi50': hi50, 'lo90': lo90, 'hi90': hi90}
+
+
+def budgets(ladder, multiples=BUDGET_MULTIPLES):
+    """Final losses of compute-optimal models at multiples of the ladder's largest compute, a dict each."""
+    compute = ladder.compute[-1] * np.array(multiples, float)
+    final = bands(posterior_curves(ladder, compute).loss[:, :, -1])
+    return [{'times': multiple, 'compute': C, 'p': p, **{name: float(values[i]) for name, values in final.items()}}
+            for i, (multiple, C, p) in enumerate(zip(multiples, compute, optimal_params(ladder, compute), strict=True))]
+
+
+def change_schedule(table, target, draws, x, name, alpha, spread, horizon_ratio=1.0):
+    """Draws of a target at a constant rate, turned into draws under the schedule `name` (schedules.apply_schedule).
+
+    α varies from run to run with standard deviation `spread` (schedules.alpha_of_reference): the error of the schedule law itself.
+    A NaN counts as no variation.
+    """
+    alpha = alpha + np.nan_to_num(spread) * np.random.default_rng(0).normal(size=len(draws.L0))
+    share = schedules.noise_share(table, target.p, draws.L0)
+    reducible = schedules.apply_schedule(name, x, draws.loss[:, 0] - draws.L0[:, None], share, alpha, horizon_ratio)
+    return draws._replace(loss=(draws.L0[:, None] + reducible)[:, None])
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
 
 
 def baselines(ladder, compute):
-    """Curves [G] that need no model of the ladder: law times mean ℓ of the two largest, and the largest one's curve shifted.
+    """Two curves [G] that need no statistical model. Both start from the scaling law fitted to final losses.
 
-    Both follow the power law fitted to final losses: the first ends on it, the second moves the largest model down by what
-    the law gains.
+    'power law': the mean normalised curve of the two largest models, scaled to end on the law. 'largest shifted': the curve of the
+    largest model, its reducible loss scaled by what the law gains.
     """
     finals = np.array([L[:, -1].mean() for L in ladder.losses])
     law = scaling_law.fit(ladder.compute, finals)
     reducible = ladder.mean[-2:] - law.L0
     end = scaling_law.predict(law, compute) - law.L0
-    ell = (reducible / reducible[:, -1:]).mean(0)
+    normalised = (reducible / reducible[:, -1:]).mean(0)
     gain = end / (scaling_law.predict(law, ladder.compute[-1]) - law.L0)
-    return {'power law': law.L0 + end * ell, 'largest shifted': law.L0 + gain * reducible[-1]}
+    return {'power law': law.L0 + end * normalised, 'largest shifted': law.L0 + gain * reducible[-1]}
 
 
-def error(x, curve, truth, L0):
-    """Median, worst and final error of a curve [G], relative to the truth's reducible loss, over FROM <= x <= 1."""
-    away = np.abs(curve - truth)[x >= FROM - 1e-9] / (truth - L0)[x >= FROM - 1e-9]
-    return {'reducible_median': float(np.median(away)), 'reducible_worst': float(away.max()), 'final': float(away[-1])}
+def relative_error(x, curve, truth, L0):
+    """Median, worst and final error of a curve [G] for x >= ERRORS_FROM_X, relative to the reducible loss of the truth."""
+    counted = x >= ERRORS_FROM_X - 1e-9
+    error = np.abs(curve - truth)[counted] / (truth - L0)[counted]
+    return {'reducible_median': float(np.median(error)), 'reducible_worst': float(error.max()), 'final': float(error[-1])}
 
 
-def whole_L0(ladder):
-    """L0 of the law through every model of the log: the convention of all errors here."""
+def L0_of_whole_log(ladder):
+    """L0 of the scaling law through every model of the log: the one that all errors use."""
     return scaling_law.fit(ladder.compute, [L[:, -1].mean() for L in ladder.losses]).L0
 
 
-def judge(x, band, curves, truth, L0, seen=0.0):
-    """The error of a forecast (its bands), beside those of the baselines; coverage is of what was not seen."""
-    inside = ((truth >= band['lo90']) & (truth <= band['hi90']))[(x >= FROM - 1e-9) & (x > seen + 1e-9)]
-    others = {name: error(x, curve, truth, L0) for name, curve in curves.items()}
-    return error(x, band['mean'], truth, L0) | {
+def evaluate(x, band, curves, truth, L0, seen=0.0):
+    """The error of a forecast's bands beside those of the baselines `curves`. Coverage counts only x after `seen`."""
+    counted = (x >= ERRORS_FROM_X - 1e-9) & (x > seen + 1e-9)
+    inside = ((truth >= band['lo90']) & (truth <= band['hi90']))[counted]
+    others = {name: relative_error(x, curve, truth, L0) for name, curve in curves.items()}
+    return relative_error(x, band['mean'], truth, L0) | {
         'baseline_final': others['power law']['final'], 'covered90': float(inside.mean()),
         'final_covered90': bool(inside[-1]), 'L0': L0, 'baselines': others}
 
 
-def leave_out(table, seens=(0.0,), fewest=4):
-    """Every split of a log: the widths up to each, from the `fewest` smallest on, forecast every larger one. A dict each."""
-    ladder, rows = ladder_field.gather(table, [x for x in seens if x]), []
-    L0 = whole_L0(ladder)
-    for n in range(fewest, len(ladder.p)):
+def leave_out(table, seen_values=(0.0,), min_models=4):
+    """A dict for every split of a log: the n smallest models, n >= min_models, forecast each larger one."""
+    ladder, rows = ladder_field.read_ladder(table, [x for x in seen_values if x]), []
+    L0 = L0_of_whole_log(ladder)
+    for n in range(min_models, len(ladder.p)):
         for p in ladder.p[n:]:
-            for seen in seens:
+            for seen in seen_values:
                 small, target = split(ladder, p, ladder.p[n - 1], seen)
                 band = bands(forecast(small, target).loss[:, 0])
-                found = judge(ladder.fine, band, baselines(small, target.compute), target.truth, L0, seen)
-                rows.append({'models': n, 'p': p, 'times_compute': target.compute / small.compute[-1], 'seen': seen, **found})
+                errors = evaluate(ladder.grid, band, baselines(small, target.compute), target.truth, L0, seen)
+                rows.append({'models': n, 'p': p, 'times_compute': target.compute / small.compute[-1], 'seen': seen, **errors})
     return rows
 
 
-def budgets(ladder, times=BUDGETS):
-    """Final losses at multiples of the largest compute of the ladder: what would it buy?"""
-    compute = ladder.compute[-1] * np.array(times, float)
-    final = bands(posterior(ladder, compute).loss[:, :, -1])
-    return [{'times': k, 'compute': C, 'p': p, **{name: float(v[i]) for name, v in final.items()}}
-            for i, (k, C, p) in enumerate(zip(times, compute, optimal_params(ladder, compute), strict=True))]
-
-
-def reschedule(table, target, draws, fine, name, alpha, spread, times=1.0):
-    """Draws of a target at a constant rate as they are under the schedule `name`; see schedules.apply_schedule.
-
-    α is drawn with its spread from run to run (see schedules.alpha_of_reference), the schedule law's own error; NaN counts as none.
-    """
-    alpha = alpha + np.nan_to_num(spread) * np.random.default_rng(0).normal(size=len(draws.L0))
-    share = schedules.noise_share(table, target.p, draws.L0)
-    reducible = schedules.apply_schedule(name, fine, draws.loss[:, 0] - draws.L0[:, None], share, alpha, times)
-    return draws._replace(loss=(draws.L0[:, None] + reducible)[:, None])
+# ---- one forecast, for the command and the notebook ------------------------------------------------------------------
 
 
 def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, schedule=None, pairs=None):
-    """The forecast of one target as a dict, and notes; see --help for the meaning of the arguments."""
-    p = params_of(table, wanted)
-    ladder = ladder_field.gather(table, [seen] if seen else [])
-    most = np.inf
-    if max_width is not None:
-        require(table, ['D'], '--max-width')
-        most = table.loc[table['D'] <= max_width, 'num_params'].max()
-        if not most > 0:
-            raise LogError(f'--max-width {max_width:g}: no model in the log is that narrow')
-    small, target = split(ladder, p, most, seen, None if schedule else tokens)
+    """(the forecast of one target as a dict, notes). The arguments are the options of the command: see its --help."""
+    ladder = ladder_field.read_ladder(table, [seen] if seen else [])
+    asked = params_of(table, wanted)
+    p = nearest_model(ladder, asked)
+    small, target = split(ladder, p, _largest_p(table, max_width), seen, None if schedule else tokens)
     draws, curves, notes = forecast(small, target), baselines(small, target.compute), []
+    if abs(p / asked - 1) > 1e-9:
+        notes.append(f'the target with {asked:.6g} parameters is taken to be the model with {p:.10g} in the log')
     if schedule:
         times = 6 * p * tokens / target.compute if tokens else 1.0
         alpha, spread = schedules.alpha_of_reference(pairs)
-        draws = reschedule(table[table['num_params'].isin(small.p)], target, draws, small.fine, schedule, alpha, spread, times)
+        draws = change_schedule(table[table['num_params'].isin(small.p)], target, draws, small.grid, schedule, alpha, spread, times)
         target, curves = target._replace(truth=None, compute=target.compute * times), {}
-        held = 'hold the spread of α over the runs' if np.isfinite(spread) else 'lack the spread of α, there being one run'
-        notes.append(f'under the {schedule} schedule, from the constant-rate curves: the bands {held} of --pairs, and the budgets '
-                     'are for the constant rate')
+        variation = 'include' if np.isfinite(spread) else 'do not include, as there is one run only,'
+        notes.append(f'the forecast is for the {schedule} schedule, from constant-rate curves; its bands {variation} the variation of α '
+                     'over the runs of --pairs; the budgets are for the constant rate')
+    notes += _warnings(small, target, schedule)
     band = bands(draws.loss[:, 0])
-    rule = optimal_compute(small, p)
-    if not schedule and abs(target.compute / rule - 1) > 0.05:
-        notes.append(f'the target\'s {target.compute:.4g} FLOPs are {target.compute / rule:.3g} times what the ladder\'s rule '
-                     'gives its size; the forecast is for a compute-optimal run of that compute')
-    if all(len(L) == 1 for L in small.losses):
-        notes.append('one seed a model: the size of the noise is inferred from the scatter among models')
-    if not np.isclose(ladder.x[0], ladder_field.KNOTS[0]):
-        notes.append(f'the curves have no data below x = {ladder.x[0]:g}; the forecast starts there')
-    result = {'x': small.fine, **band, 'final': float(band['mean'][-1]),
+    result = {'x': small.grid, **band, 'final': float(band['mean'][-1]),
               'final_90': [float(band['lo90'][-1]), float(band['hi90'][-1])], 'num_params': p, 'compute': target.compute,
               'tokens': target.compute / (6 * p), 'hours': target.compute / rate / 3600 if rate else None,
               'times_compute': target.compute / small.compute[-1], 'ladder': small.p, 'seen': seen, 'seeds': target.seeds,
@@ -202,5 +226,34 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
               'baselines': {name: {'final': float(curve[-1]), 'curve': curve} for name, curve in curves.items()},
               'truth': target.truth, 'error': None}
     if target.truth is not None:
-        result['error'] = judge(small.fine, band, curves, target.truth, whole_L0(ladder), seen)
+        result['error'] = evaluate(small.grid, band, curves, target.truth, L0_of_whole_log(ladder), seen)
     return result, notes
+
+
+def _largest_p(table, max_width):
+    """Parameters of the largest model that is not wider than max_width."""
+    if max_width is None:
+        return np.inf
+    require(table, ['D'], '--max-width')
+    largest = table.loc[table['D'] <= max_width, 'num_params'].max()
+    if not largest > 0:
+        raise LogError(f'--max-width {max_width:g}: no model in the log is that narrow')
+    return largest
+
+
+def _warnings(ladder, target, schedule):
+    """Notes on what the forecast of a target rests on."""
+    notes, ratio, span = [], target.compute / ladder.compute[-1], ladder.compute[-1] / ladder.compute[0]
+    if ratio > min(span, MAX_COMPUTE_RATIO):
+        notes.append(f'the target has {ratio:.3g} times the compute of the largest model of the ladder, and the ladder spans a factor of '
+                     f'{span:.3g}: do not trust the bands of an extrapolation beyond the ladder\'s own span or a factor of '
+                     f'{MAX_COMPUTE_RATIO}')
+    rule = optimal_compute(ladder, target.p)
+    if not schedule and abs(target.compute / rule - 1) > 0.05:
+        notes.append(f'the target\'s {target.compute:.4g} FLOPs are {target.compute / rule:.3g} times the horizon that the ladder gives '
+                     'its size; the forecast is for a compute-optimal run of that compute')
+    if all(len(L) == 1 for L in ladder.losses):
+        notes.append('one seed a model: the size of the noise is inferred from the scatter among models')
+    if not np.isclose(ladder.x[0], ladder_field.KNOTS[0]):
+        notes.append(f'the curves have no data below x = {ladder.x[0]:g}; the forecast starts there')
+    return notes

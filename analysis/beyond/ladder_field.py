@@ -1,305 +1,330 @@
-"""The hierarchical model of a ladder: given the floor L0, the logs of all its reducible losses are one Gaussian field.
+"""The statistical model behind the forecasts: a Gaussian process over all loss curves of a ladder of models.
 
-    z = link(L_m(x)) = g(x) - b·u + w(u) + d(x, u) + noise(m, x),     u = log C* of model m, x = C/C*
+A ladder is a family of models, each trained to its horizon C* FLOPs. Its curves are compared at equal normalised compute x = C/C*.
+Write u = log C* and let L0 be the irreducible loss. One run of a model is
 
-link is log(L - L0), but for small models near the plateau before learning. g, the universal curve, is free. b has a wide prior
-from published laws. w is what the law departs from a power law, d the drift of ℓ with size; w and d's early transients are
-corrections to scaling, whose steps die out as C*^(-q) (the paper's limit is the common curve). d has a lasting part beside them,
-smooth in log x: a floor L0 that is off bends the curves smoothly too, and would be blamed for what a rough d cannot explain.
-d vanishes at x = 1, where ℓ = 1, and is the freer the earlier. The noise has the seeds' covariance, and a share that all seeds of a
-model have in common: they see the same batches.
+    z(x, u) = link(L) = g(x) - b·u + w(u) + d(x, u) + noise,     link(L) ≈ log(L - L0)
 
-So a curve's early part, its end and the other models' curves are jointly Gaussian: a forecast is conditioning, and an early
-read-out is the same with more to condition on; the scales (L0, the sizes of w and d, the shared noise) are sampled from their
-posterior. L0 owes most to the whole curves: differences L(x) - L(1) fall as C^(-b) whatever L0 is.
+- link is log(L - L0), bent where a small model is still close to its loss before training (see `link`).
+- g is the normalised curve that all models share. It is free at every knot.
+- b is the exponent of the scaling law. Its prior is normal, from published laws (EXPONENT_PRIOR).
+- w is the departure of the final losses from a power law: an integrated random walk in u.
+- d is the drift of the normalised curve with size. It vanishes at x = 1, where every curve is normalised. One part of it lasts: it
+  is smooth in log x and a trend plus a random walk in u. The other part is transient: it is rough and largest at small x.
+- noise is the variation of one run. A run of the same model with another seed shares part of it, as both see the same batches.
+
+w and the transient part of d are corrections to scaling: the steps of their random walks shrink like C*^(-FADING_EXPONENT), because
+the paper finds that the curves approach a common limit. The lasting part of d is needed beside them: a wrong L0 also bends the curves
+smoothly, and would otherwise take the blame for every smooth drift.
+
+Given L0 and five other parameters, everything above is jointly Gaussian, so a forecast is a conditional distribution. Conditioning
+on the first part of the target's own curve is the same calculation with more data. The six parameters ("scales") are
+
+    arcsin((L0/least loss)^(1/4)), kappa of the link, and the logarithms of four standard deviations:
+    w, lasting d, transient d, noise shared by seeds (relative to the noise of one seed)
+
+with uniform priors within SCALE_BOUNDS. They are sampled from their posterior by importance_sampling.py. L0 is mostly determined by
+the whole curves and not by their ends: the differences L(x) - L(1) fall as C*^(-b) whatever L0 is.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
-from scipy.special import logsumexp, ndtr
+from scipy.special import ndtr
 
 from analysis import collapse, scaling_law
+from analysis.beyond import importance_sampling
 from analysis.table import LogError
 
 KNOTS = np.array([0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0])  # x of the model, dense where curves bend
-EXPONENT = 0.16, 0.07  # prior of b: Hoffmann et al. 2022 0.15 in compute, Henighan et al. 2020 0.05 to 0.24
-FADING = 0.4           # q: of corrections to scaling; a model's 10% are 4% at ten times its compute
-MEMORY = 1.5           # of the noise along a run, in log x: by the seeds' differences in four ladders, within a nat of the
-                       # likeliest of 14 kernels tried (Matérn 3/2 with 2.0), and 50 nats above an exponential one of 0.7
-# Log-uniform priors: the exponent's walk (w), d's lasting part (a nat of compute and of x) and transients, the shared noise.
-SCALES = np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])
-ONE_SEED = np.array([4e-5, 4e-5, 2e-5, 0])  # shape of the noise where no model has two seeds; its size is then sampled
-NEAR = 0.95            # a loss nearer to the plateau than this share is taken to be there
-FLAT = 1.0             # prior variance of g about the ladder's mean: nothing is known
-SAME = 0.01            # nats of compute within which models are of one size: horizons are rounded to whole steps
-ENOUGH, TAILS = 400, 5  # even weights that a sample is worth; degrees of freedom of its proposals
+EXPONENT_PRIOR = 0.16, 0.07   # mean, sd of b: Hoffmann et al. 2022 find 0.15 in compute, Henighan et al. 2020 0.05 to 0.24
+CURVE_PRIOR_VARIANCE = 1.0    # of g about the ladder's mean curve: nothing is known before
+FADING_EXPONENT = 0.4         # a correction of 10% at C* is one of 4% at ten times C*
+# Length in log x over which a run's noise is correlated. From the differences between seeds of four ladders: within 1 nat of the
+# best of 14 kernels tried (Matérn 3/2 with 2.0), and 50 nats better than an exponential kernel with length 0.7.
+NOISE_CORRELATION_LENGTH = 1.5
+# Smallest and largest value of each scale, in the order above. w and d are per nat of compute (and of x).
+SCALE_BOUNDS = np.concatenate([[[0.0, 1.5], [0.02, 1.0]], np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])])
+SINGLE_SEED_NOISE = np.array([4e-5, 4e-5, 2e-5, 0])  # used if no model has two seeds; only its shape counts, its size is sampled
+MAX_PLATEAU_SHARE = 0.95      # (L - L0)/(initial loss - L0) is cut here: a larger share says only that nothing is learned yet
+SAME_SIZE_TOLERANCE = 0.01    # in log C*: models this close are one size, as horizons are rounded to whole steps
 
 
 class Ladder(NamedTuple):
     """Loss curves by model, ordered by size."""
-    x: np.ndarray        # [K] knots
-    p: np.ndarray        # [M] parameters
-    compute: np.ndarray  # [M] FLOPs, C*
-    losses: list         # M arrays [seeds, K]
-    fine: np.ndarray     # [G] the grid of figures/collapse.py
-    mean: np.ndarray     # [M, G] seed means on it
-    plateau: float       # loss before the first update, inf if the log does not have it
+    x: np.ndarray         # [K] knots
+    p: np.ndarray         # [M] parameters
+    compute: np.ndarray   # [M] FLOPs, C*
+    losses: list          # M arrays [seeds, K]
+    grid: np.ndarray      # [G] the finer x of collapse.GRID, for the curves that are returned
+    mean: np.ndarray      # [M, G] mean over seeds at `grid`
+    initial_loss: float   # before the first update; inf if the log does not have it
 
 
 class Draws(NamedTuple):
-    """Posterior draws of the curves of models that are not (wholly) seen."""
-    L0: np.ndarray       # [S]
-    loss: np.ndarray     # [S, T, G] at Ladder.fine
+    """Posterior draws of the curves of T targets."""
+    L0: np.ndarray        # [S]
+    loss: np.ndarray      # [S, T, G] at Ladder.grid
 
 
-def gather(table, more=()):
-    """The Ladder of a clean table; `more` are x to be knots too (where an early part ends)."""
-    knots = np.unique(np.concatenate([KNOTS, np.asarray(more, float)]))
+def read_ladder(table, extra_knots=()):
+    """The Ladder of a clean table. extra_knots are more x to use as knots, e.g. where the known part of a target ends.
+
+    Raises LogError for fewer than three models.
+    """
+    knots = np.unique(np.concatenate([KNOTS, np.asarray(extra_knots, float)]))
     curves, fine = collapse.curves(table, knots), collapse.curves(table)
     points = scaling_law.optimal_points(table)
     if len(points.p) < 3:
         raise LogError(f'a forecast needs a ladder of at least three models, got {len(points.p)}')
-    use = fine.x >= curves.x[0] - 1e-9
-    mean = np.stack([fine.loss[fine.model == m][:, use].mean(0) for m in range(len(fine.p))])
-    start = table.loc[table['compute'] == 0, 'test_loss'].median()
-    return Ladder(curves.x, points.p, points.compute, [curves.loss[curves.model == m] for m in range(len(curves.p))],
-                  fine.x[use], mean, float(start) if np.isfinite(start) else np.inf)
+    covered = fine.x >= curves.x[0] - 1e-9
+    mean = np.stack([fine.loss[fine.model == m][:, covered].mean(0) for m in range(len(fine.p))])
+    initial_loss = table.loc[table['compute'] == 0, 'test_loss'].median()
+    losses = [curves.loss[curves.model == m] for m in range(len(curves.p))]
+    return Ladder(curves.x, points.p, points.compute, losses, fine.x[covered], mean,
+                  float(initial_loss) if np.isfinite(initial_loss) else np.inf)
 
 
-def choose(ladder, keep):
-    """The Ladder of the models keep [M] (indices or booleans)."""
+def select(ladder, keep):
+    """The Ladder of the models keep [M], given as indices or booleans."""
     index = np.arange(len(ladder.p))[keep]
     return ladder._replace(p=ladder.p[index], compute=ladder.compute[index], losses=[ladder.losses[i] for i in index],
                            mean=ladder.mean[index])
 
 
-def link(loss, L0, plateau, kappa):
-    """z = the log of the power law behind a loss, and dz/dlog(loss - L0): what is learned is bounded by the plateau.
+# ---- link function -------------------------------------------------------------------------------------------------
 
-    (L - L0)^-k = e^(-k·z) + (plateau - L0)^-k, k = 1/kappa: the M4 of Alabdulmohsin et al. 2022 for k = 1, the plain logarithm
-    for k → ∞. loss [H, ...]; L0, kappa [H].
+
+def link(loss, L0, initial_loss, kappa):
+    """(z, dz/dlog(loss - L0)): the logarithm of the power law behind a loss that cannot exceed the initial loss.
+
+    With k = 1/kappa,  (L - L0)^(-k) = e^(-k·z) + (initial_loss - L0)^(-k).  k = 1 is the model M4 of Alabdulmohsin et al. 2022;
+    k → ∞ is the plain logarithm. loss [H, ...]; L0, kappa [H].
     """
     L0, k = (np.reshape(one, np.shape(one) + (1,) * (np.ndim(loss) - 1)) for one in (L0, 1 / kappa))
-    left = 1 - np.minimum((loss - L0) / (plateau - L0), NEAR) ** k
+    left = 1 - np.minimum((loss - L0) / (initial_loss - L0), MAX_PLATEAU_SHARE) ** k
     return np.log(loss - L0) - np.log(left) / k, 1 / left
 
 
-def unlink(z, L0, plateau, kappa):
-    """Reducible loss of z, the inverse of link; shapes as there."""
+def inverse_link(z, L0, initial_loss, kappa):
+    """The reducible loss L - L0 of z; shapes as in `link`."""
     L0, k = (np.reshape(one, np.shape(one) + (1,) * (np.ndim(z) - 1)) for one in (L0, 1 / kappa))
-    return np.exp(z - np.logaddexp(0, k * (z - np.log(plateau - L0))) / k)
+    return np.exp(z - np.logaddexp(0, k * (z - np.log(initial_loss - L0))) / k)
 
 
-def noise(ladder, L0, x):
-    """Noise of a run about its model, relative to the reducible loss: (whole run, remembered, white, tilt).
-
-    Its standard deviation at x is x^tilt times that of the three parts, whose variances are found by least squares. None if no
-    model has two seeds that differ.
-    """
-    away = np.concatenate([(L - L.mean(0)) / (L.mean(0) - L0) for L in ladder.losses])
-    variance, freedom = (away ** 2).sum(0), sum(len(L) - 1 for L in ladder.losses)
-    if not variance.any():
-        return None
-    tilt = np.polyfit(np.log(x), np.log(variance + 1e-9 * variance.max()), 1)[0] / 2
-    covariance = (away / x ** tilt).T @ (away / x ** tilt) / freedom
-    found, _ = nnls(along(x).reshape(3, -1).T, covariance.ravel())
-    return np.append(np.maximum(found, 1e-3 * np.trace(covariance) / len(x)), tilt)
+# ---- covariances ---------------------------------------------------------------------------------------------------
 
 
-def noise_covariance(ladder, L0, x):
-    """[K, K] covariance of a run about its model, relative to the reducible loss."""
-    *variances, tilt = ONE_SEED if (found := noise(ladder, L0, x)) is None else found
-    return np.tensordot(variances, along(x), 1) * np.outer(x, x) ** tilt
-
-
-def along(x):
-    """[3, K, K] correlations along a run: of the whole run, remembered over MEMORY (Matérn 3/2), white."""
-    lag = np.sqrt(3) * np.abs(np.log(x)[:, None] - np.log(x)) / MEMORY
+def noise_correlations(x):
+    """[3, K, K] correlations of a run's noise along x: constant, correlated (Matérn 3/2), white."""
+    lag = np.sqrt(3) * np.abs(np.log(x)[:, None] - np.log(x)) / NOISE_CORRELATION_LENGTH
     return np.stack([np.ones_like(lag), (1 + lag) * np.exp(-lag), np.eye(len(x))])
 
 
-def _across(u):
-    """Covariances [3, M, M] between models at u = log C*: of w, and d's lasting part (trend and steps) and transients."""
-    t = np.linspace(u.min(), u.max(), 300)
-    steps = np.exp(-2 * FADING * (t - np.median(u))) * (t[1] - t[0])  # variance of a step of the walk
-    since = np.maximum(u[:, None] - t, 0)                             # [M, 300]
-    lasting = np.outer(u, u) + np.minimum.outer(u - u.min(), u - u.min())
-    return np.stack([(since * steps) @ since.T, lasting, ((since > 0) * steps) @ (since > 0).T])
+def fit_noise(ladder, L0, x):
+    """[4] noise of a run relative to the reducible loss: variances of the three parts of noise_correlations, and the tilt.
+
+    The noise has covariance x^tilt · x'^tilt · Σ variance·correlation. The variances are fitted to the covariance of the seeds by
+    non-negative least squares. None if no model has two seeds that differ.
+    """
+    deviations = np.concatenate([(L - L.mean(0)) / (L.mean(0) - L0) for L in ladder.losses])
+    square, freedom = (deviations ** 2).sum(0), sum(len(L) - 1 for L in ladder.losses)
+    if not square.any():
+        return None
+    tilt = np.polyfit(np.log(x), np.log(square + 1e-9 * square.max()), 1)[0] / 2
+    covariance = (deviations / x ** tilt).T @ (deviations / x ** tilt) / freedom
+    variances, _ = nnls(noise_correlations(x).reshape(3, -1).T, covariance.ravel())
+    return np.append(np.maximum(variances, 1e-3 * np.trace(covariance) / len(x)), tilt)
+
+
+def _covariances_across_models(u):
+    """[3, M, M] covariances between models at u = log C*: of w, of the lasting d and of the transient d."""
+    t = np.linspace(u.min(), u.max(), 300)                                       # the random walks in 300 steps
+    step_variance = np.exp(-2 * FADING_EXPONENT * (t - np.median(u))) * (t[1] - t[0])
+    since = np.maximum(u[:, None] - t, 0)                                        # [M, 300]
+    integrated_walk = (since * step_variance) @ since.T
+    walk = ((since > 0) * step_variance) @ (since > 0).T
+    trend_and_walk = np.outer(u, u) + np.minimum.outer(u - u.min(), u - u.min())
+    return np.stack([integrated_walk, trend_and_walk, walk])
+
+
+def _covariances_along_curve(x):
+    """(lasting, transient) covariances [K, K] of d along x; both vanish at x = 1."""
+    near, far = (extreme.outer(-np.log(x), -np.log(x)) for extreme in (np.minimum, np.maximum))
+    lasting = near * far + near ** 2 * (3 * far - near) / 6                      # a cubic smoothing spline in log x
+    transient = np.minimum.outer(1 / x ** 2 - 1, 1 / x ** 2 - 1)                 # Brownian motion in 1/x²: transients fall as 1/x
+    return lasting, transient
 
 
 class Field(NamedTuple):
-    """The Gaussian field over the ladder's models and, after them, the targets; N = (M + T)·K entries, knots fastest."""
+    """The Gaussian process at the knots of the M models of a ladder and, after them, of T targets.
+
+    N = (M + T)·K values, the knots varying fastest. The covariance is `fixed` plus the nine `parts`, weighted by the scales.
+    """
     ladder: Ladder
-    loss: np.ndarray     # [M + T, K] means over a model's seeds; NaN: not seen
-    top: float           # the least loss of all: L0 lies below it
-    u: np.ndarray        # [M + T] log C*, about the ladder's mean
-    seeds: np.ndarray    # [M + T]
-    share: np.ndarray    # [G] floors L0/top at which the noise was fitted
-    noise: np.ndarray    # [G, 4] its variances and tilt there
-    fixed: np.ndarray    # [N, N] covariance of g and b
-    parts: np.ndarray    # [9, N, N] covariances that the scales weigh: w, lasting d, early d; own noise × 3; shared noise × 3
-    seen: np.ndarray     # [n] entries that are
-    among: np.ndarray    # [10, n·n] fixed and parts between them
+    loss: np.ndarray           # [M + T, K] mean over a model's seeds; NaN where not observed
+    least_loss: float          # of all runs: L0 lies below it
+    u: np.ndarray              # [M + T] log C*, about the ladder's mean
+    seeds: np.ndarray          # [M + T]
+    noise_L0: np.ndarray       # [G] values of L0/least_loss at which the noise was fitted
+    noise: np.ndarray          # [G, 4] the noise there, see fit_noise
+    fixed: np.ndarray          # [N, N] covariance of g and b
+    parts: np.ndarray          # [9, N, N] covariances of w, lasting d, transient d, a seed's own noise (3), shared noise (3)
+    observed: np.ndarray       # [n] indices of the observed values
+    observed_parts: np.ndarray  # [10, n·n] `fixed` and `parts` between the observed values
 
 
-def field(ladder, compute, losses=None, seeds=1):
-    """The Field with targets at compute [T] FLOPs; losses [T, K] are their early parts (NaN: not seen), means of `seeds` runs."""
+def build_field(ladder, compute, losses=None, seeds=1):
+    """The Field with targets at compute [T] FLOPs.
+
+    losses [T, K] are the observed parts of the targets' curves, means over `seeds` runs, NaN where not observed.
+    """
     x, T = ladder.x, len(compute)
     losses = np.full((T, len(x)), np.nan) if losses is None else losses
     loss = np.concatenate([[L.mean(0) for L in ladder.losses], losses])
+    least_loss = min(np.nanmin(loss), min(L.min() for L in ladder.losses))
     u = np.log(np.concatenate([ladder.compute, compute]))
     u -= u[:-T].mean()
     seeds = np.array([len(L) for L in ladder.losses] + [seeds] * T, float)
-    share = np.linspace(0, 1, 15)[:-1]
-    top = min(np.nanmin(loss), min(L.min() for L in ladder.losses))
-    variances = [noise(ladder, one * top, x) for one in share]
-    own = np.zeros(len(u)) if variances[0] is None else 1 / seeds
-    variances = np.array([ONE_SEED if one is None else one for one in variances])
-    w, lasting, fading = _across(u)
-    correlations = whole, _, white = along(x)
-    near, far = (one.outer(-np.log(x), -np.log(x)) for one in (np.minimum, np.maximum))
-    smooth = near * far + near ** 2 * (3 * far - near) / 6            # a slope in log x that walks: the cubic spline's kernel
-    early = np.minimum.outer(1 / x ** 2 - 1, 1 / x ** 2 - 1)          # Brownian from the end, as transients 1/t
-    fixed = np.kron(np.ones_like(w), FLAT * white) + EXPONENT[1] ** 2 * np.kron(np.outer(u, u), whole)
-    parts = np.stack([np.kron(w, whole), np.kron(lasting, smooth), np.kron(fading, early),
-                      *(np.kron(np.diag(own), one) for one in correlations),
-                      *(np.kron(np.isclose(u[:, None], u, rtol=0, atol=SAME), one) for one in correlations)])  # the same batches
-    seen = np.flatnonzero(np.isfinite(loss))
-    among = np.concatenate([fixed[None], parts])[:, seen][:, :, seen].reshape(10, -1)
-    return Field(ladder, loss, top, u, seeds, share, variances, fixed, parts, seen, among)
+
+    noise_L0 = np.linspace(0, 1, 15)[:-1]
+    fitted = [fit_noise(ladder, share * least_loss, x) for share in noise_L0]
+    own_noise = np.zeros(len(u)) if fitted[0] is None else 1 / seeds  # with one seed a model, all noise counts as shared
+    noise = np.array([SINGLE_SEED_NOISE if one is None else one for one in fitted])
+    same_size = np.isclose(u[:, None], u, rtol=0, atol=SAME_SIZE_TOLERANCE)
+
+    w, lasting_across, transient_across = _covariances_across_models(u)
+    lasting_along, transient_along = _covariances_along_curve(x)
+    correlations = noise_correlations(x)
+    constant, _, white = correlations
+    fixed = (np.kron(np.ones_like(w), CURVE_PRIOR_VARIANCE * white)
+             + EXPONENT_PRIOR[1] ** 2 * np.kron(np.outer(u, u), constant))
+    parts = np.stack([np.kron(w, constant), np.kron(lasting_across, lasting_along), np.kron(transient_across, transient_along),
+                      *(np.kron(np.diag(own_noise), one) for one in correlations),
+                      *(np.kron(same_size, one) for one in correlations)])
+    observed = np.flatnonzero(np.isfinite(loss))
+    observed_parts = np.concatenate([fixed[None], parts])[:, observed][:, :, observed].reshape(10, -1)
+    return Field(ladder, loss, least_loss, u, seeds, noise_L0, noise, fixed, parts, observed, observed_parts)
 
 
-def _read(field, scales):
-    """scales [H, 6] = (arcsin (L0/top)^¼, kappa, log of SCALES) -> L0 [H], kappa [H], weights of the parts [H, 9], tilt [H]."""
-    share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: L0 may be anything, and next to nothing rather often
-    *own, tilt = (np.interp(share, field.share, one) for one in field.noise.T)
+# ---- likelihood and posterior ---------------------------------------------------------------------------------------
+
+
+def _unpack(field, scales):
+    """L0 [H], kappa [H], weights of the parts [H, 9] and tilt of the noise [H] of scales [H, 6]."""
+    share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: any L0 is possible, one close to 0 is rather likely
+    *own, tilt = (np.interp(share, field.noise_L0, one) for one in field.noise.T)
     own = np.stack(own, -1)
     weights = np.concatenate([np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
-    return share * field.top, scales[:, 1], weights, tilt
+    return share * field.least_loss, scales[:, 1], weights, tilt
 
 
-def _values(field, L0, kappa, tilt):
-    """What is seen as link(L) less its prior mean [H, n]; its level at each knot [H, K]; the log Jacobian of L [H]; and
-    how much larger noise is [H, N], by its tilt and dz/dlog(L - L0): where a model is not seen, as at the model nearest in size.
+def _transform(field, L0, kappa, tilt):
+    """The observed losses in the coordinates of the Gaussian process, for H values of the parameters.
 
-    One value a knot goes into g, whose prior is flat in the loss: it does not count in the Jacobian.
+    Returns z less its prior mean [H, n]; the mean of z at each knot [H, K]; the log Jacobian of the transformation [H]; and the
+    factor [H, N] by which noise is larger in z than relative to the loss, from its tilt and the slope of the link. Where a model is
+    not observed, the slope is that of the model nearest in size.
     """
-    level, slope = link(np.broadcast_to(field.loss, (len(L0), *field.loss.shape)), L0, field.ladder.plateau, kappa)  # [H, M + T, K]
-    centre = np.nanmean(level, 1)
+    losses = np.broadcast_to(field.loss, (len(L0), *field.loss.shape))
+    z, slope = link(losses, L0, field.ladder.initial_loss, kappa)                            # [H, M + T, K]
+    centre = np.nanmean(z, 1)
+    value = z - centre[:, None] + EXPONENT_PRIOR[0] * field.u[:, None]
+    # One value a knot determines g, whose prior is flat in the loss. It does not count in the Jacobian.
     count = np.isfinite(field.loss).sum(0)
-    per_loss = np.nanmean(np.log(slope) - np.log(field.loss - L0[:, None, None]), 1)     # [H, K]
-    value = level - centre[:, None] + EXPONENT[0] * field.u[:, None]
+    log_slope = np.nanmean(np.log(slope) - np.log(field.loss - L0[:, None, None]), 1)        # [H, K]
+    jacobian = ((count - 1) * log_slope).sum(-1)
     nearest = np.abs(field.u[:, None] - field.u[:len(field.ladder.p)]).argmin(1)
-    slope = np.where(np.isfinite(slope), slope, slope[:, nearest]) * field.ladder.x ** tilt[:, None, None]
-    slope = slope.reshape(len(L0), -1)
-    return value.reshape(len(L0), -1)[:, field.seen], centre, ((count - 1) * per_loss).sum(-1), slope
+    noise_factor = np.where(np.isfinite(slope), slope, slope[:, nearest]) * field.ladder.x ** tilt[:, None, None]
+    return (value.reshape(len(L0), -1)[:, field.observed], centre, jacobian, noise_factor.reshape(len(L0), -1))
 
 
-def evidence(field, scales):
-    """Log posterior density of scales [H, 6], up to a constant."""
-    L0, kappa, weights, tilt = _read(field, scales)
-    value, _, jacobian, slope = _values(field, L0, kappa, tilt)
-    n = len(field.seen)
+def log_likelihood(field, scales):
+    """Log density [H] of the observed losses given scales [H, 6], up to a constant."""
+    L0, kappa, weights, tilt = _unpack(field, scales)
+    value, _, jacobian, noise_factor = _transform(field, L0, kappa, tilt)
+    n = len(field.observed)
+    # The data are appended to the covariance as one more row. The last row of the Cholesky factor is then the whitened data.
     bordered = np.full((len(L0), n + 1, n + 1), 1e15)
-    bordered[:, :n, :n] = _among_seen(field, weights, slope)
+    bordered[:, :n, :n] = _covariance_of_observed(field, weights, noise_factor)
     bordered[:, n, :n] = bordered[:, :n, n] = value
-    factor = np.linalg.cholesky(bordered)                # the last row is the whitened value
-    logdet = np.log(np.diagonal(factor, axis1=1, axis2=2)[:, :n]).sum(-1)
-    return jacobian - logdet - 0.5 * (factor[:, n, :n] ** 2).sum(-1)
+    factor = np.linalg.cholesky(bordered)
+    log_determinant = np.log(np.diagonal(factor, axis1=1, axis2=2)[:, :n]).sum(-1)
+    return jacobian - log_determinant - 0.5 * (factor[:, n, :n] ** 2).sum(-1)
 
 
-def _among_seen(field, weights, slope):
-    n, slope = len(field.seen), slope[:, field.seen]
-    # einsum, not @: a matrix product of this shape wakes threads that cost more than they do
-    model = np.einsum('hj,jn->hn', np.insert(weights[:, :3], 0, 1, axis=1), field.among[:4]).reshape(-1, n, n)
-    return model + np.einsum('hj,jn->hn', weights[:, 3:], field.among[4:]).reshape(-1, n, n) * slope[:, :, None] * slope[:, None]
+def _covariance_of_observed(field, weights, noise_factor):
+    """[H, n, n] covariance between the observed values."""
+    n, factor = len(field.observed), noise_factor[:, field.observed]
+    # einsum and not @: a matrix product of this shape starts threads that cost more time than they save
+    signal = np.einsum('hj,jn->hn', np.insert(weights[:, :3], 0, 1, axis=1), field.observed_parts[:4]).reshape(-1, n, n)
+    noise = np.einsum('hj,jn->hn', weights[:, 3:], field.observed_parts[4:]).reshape(-1, n, n)
+    return signal + noise * factor[:, :, None] * factor[:, None]
 
 
-def _covariance(field, weights, slope, rows, columns):
-    at = np.ix_(rows, columns)
-    parts = np.stack([part[at] for part in field.parts])
-    model = field.fixed[at] + np.tensordot(weights[:, :3], parts[:3], 1)
-    return model + np.tensordot(weights[:, 3:], parts[3:], 1) * slope[:, rows, None] * slope[:, None, columns]
+def _covariance(field, weights, noise_factor, rows, columns):
+    """[H, rows, columns] block of the covariance."""
+    block = np.ix_(rows, columns)
+    parts = np.stack([part[block] for part in field.parts])
+    signal = field.fixed[block] + np.tensordot(weights[:, :3], parts[:3], 1)
+    noise = np.tensordot(weights[:, 3:], parts[3:], 1)
+    return signal + noise * noise_factor[:, rows, None] * noise_factor[:, None, columns]
 
 
-def sample(field, rng, size=500, each=400, rounds=30):
-    """Scales [size, 6] from their posterior, by adaptive multiple importance sampling (Cornuet et al. 2012).
+def sample_scales(field, rng, size=500):
+    """Draws [size, 6] of the scales from their posterior; some 3,000 evaluations of the likelihood. Raises LogError on failure."""
+    low, high = SCALE_BOUNDS.T
 
-    In coordinates z whose prior is standard normal, so that likelihood × prior has light tails, `each` draws a round are taken from
-    a Student t with the moments of all before, the prior first; every draw is weighed by the mixture of all rounds. It ends when
-    the weights are worth ENOUGH even ones; that takes some 3,000 draws. Raises LogError if it comes to nothing.
-    """
-    low, high = np.concatenate([[0.0, 0.02], SCALES[:, 0]]), np.concatenate([[1.5, 1.0], SCALES[:, 1]])
-    n, proposals = len(low), [(np.zeros(len(low)), np.eye(len(low)))]
-    z, target = np.empty((0, n)), np.empty(0)
-    for _ in range(rounds):
-        mean, factor = proposals[-1]
-        new = mean + (rng.normal(size=(each, n)) / np.sqrt(rng.chisquare(TAILS, (each, 1)) / TAILS)) @ factor.T
-        z, target = np.concatenate([z, new]), np.concatenate([target, evidence(field, low + (high - low) * ndtr(new))])
-        density = logsumexp([-(TAILS + n) / 2 * np.log1p((np.linalg.solve(F, (z - m).T) ** 2).sum(0) / TAILS)
-                             - np.log(np.diagonal(F)).sum() for m, F in proposals], axis=0)
-        log_weight = target - (z ** 2).sum(1) / 2 - density
-        weight = _weights(log_weight, 1.0)
-        if _worth(weight) >= ENOUGH:
-            break
-        power = 1.0
-        while _worth(tempered := _weights(log_weight, power)) < 10 * n:  # else a few lucky draws make the next round too narrow
-            power *= 0.8
-        mean = tempered @ z
-        proposals.append((mean, np.linalg.cholesky((tempered * (z - mean).T) @ (z - mean) + 1e-6 * np.eye(n))))
-    if not _worth(weight) >= ENOUGH / 10:
-        raise LogError(f'the posterior of this ladder could not be sampled: {len(z)} draws are worth {_worth(weight):.0f}')
-    cumulative = np.cumsum(weight)
-    return low + (high - low) * ndtr(z[np.searchsorted(cumulative / cumulative[-1], (np.arange(size) + rng.random()) / size)])
+    def scales_of(z):  # ndtr turns a standard normal variable into a uniform one
+        return low + (high - low) * ndtr(z)
+
+    return scales_of(importance_sampling.sample(lambda z: log_likelihood(field, scales_of(z)), len(low), rng, size))
 
 
-def _weights(log_weight, power):
-    """Weights that sum to one; a power below 1 evens them out."""
-    weight = np.exp(power * (log_weight - log_weight.max()))
-    return weight / weight.sum()
+class Conditional(NamedTuple):
+    """Distribution of z = link(L) of the targets at the knots, given the observed losses and H draws of the scales."""
+    L0: np.ndarray              # [H]
+    kappa: np.ndarray           # [H]
+    mean: np.ndarray            # [H, T·K] without the white noise of single evaluations, as is the covariance
+    covariance: np.ndarray      # [H, T·K, T·K]
+    white_variance: np.ndarray  # [H, T] of the white noise at x = 1, relative to the reducible loss
+    tilt: np.ndarray            # [H] of the noise
 
 
-def _worth(weight):
-    """Effective sample size of normalised weights."""
-    return 1 / (weight ** 2).sum()
+def condition(field, scales):
+    """The Conditional of the targets for scales [H, 6]."""
+    L0, kappa, weights, tilt = _unpack(field, scales)
+    value, centre, _, noise_factor = _transform(field, L0, kappa, tilt)
+    M = len(field.ladder.p)
+    targets = np.arange(M * len(field.ladder.x), field.loss.size)
+    smooth = weights * [1, 1, 1, 1, 1, 0, 1, 1, 0]                                            # without white noise
+    across = _covariance(field, smooth, noise_factor, targets, field.observed)
+    gain = np.linalg.solve(_covariance_of_observed(field, weights, noise_factor), np.swapaxes(across, 1, 2))  # [H, n, T·K]
+    prior_mean = (centre[:, None] - EXPONENT_PRIOR[0] * field.u[M:, None]).reshape(len(L0), -1)
+    mean = prior_mean + np.einsum('hnk,hn->hk', gain, value)
+    covariance = _covariance(field, smooth, noise_factor, targets, targets) - across @ gain
+    own = 1 / field.seeds[M:] if field.parts[3].any() else 0
+    return Conditional(L0, kappa, mean, covariance, weights[:, 5:6] * own + weights[:, 8:9], tilt)
 
 
-def conditional(field, scales):
-    """z = link(L) of the targets at the knots, given what is seen and scales [H, 6].
+def draw_curves(field, rng, scales, curves_per_scale=4):
+    """Posterior curves of the targets as Draws: several for each of scales [H, 6]."""
+    given = Conditional(*(np.repeat(part, curves_per_scale, 0) for part in condition(field, scales)))
+    ladder, L0, kappa = field.ladder, given.L0, given.kappa
+    factor = np.linalg.cholesky(given.covariance + 1e-10 * np.eye(given.covariance.shape[-1]))
+    z = given.mean + np.einsum('hij,hj->hi', factor, rng.normal(size=given.mean.shape))
+    z = z.reshape(len(L0), -1, len(ladder.x))                                                 # [S, T, K]
 
-    Returns L0 [H], kappa [H], mean [H, T·K], covariance [H, T·K, T·K], both without the white noise of an evaluation; that
-    noise's variance at x = 1 [H, T], relative to the reducible loss, and the tilt [H].
-    """
-    L0, kappa, weights, tilt = _read(field, scales)
-    value, centre, _, slope = _values(field, L0, kappa, tilt)
-    first = len(field.ladder.p)
-    targets = np.arange(first * len(field.ladder.x), field.loss.size)
-    smooth = weights * [1, 1, 1, 1, 1, 0, 1, 1, 0]
-    across = _covariance(field, smooth, slope, targets, field.seen)
-    gain = np.linalg.solve(_among_seen(field, weights, slope), np.swapaxes(across, 1, 2))        # [H, n, T·K]
-    prior = (centre[:, None] - EXPONENT[0] * field.u[first:, None]).reshape(len(L0), -1)
-    mean = prior + np.einsum('hnk,hn->hk', gain, value)
-    own = 1 / field.seeds[first:] if field.parts[3].any() else 0      # without a second seed anywhere all noise is shared
-    white = weights[:, 5:6] * own + weights[:, 8:9]
-    return L0, kappa, mean, _covariance(field, smooth, slope, targets, targets) - across @ gain, white, tilt
+    # Between the knots the curves follow the ladder's mean curve. Only the deviation from it is interpolated, linearly in log x.
+    means = np.broadcast_to(ladder.mean, (len(L0), *ladder.mean.shape))
+    mean_curve = link(means, L0, ladder.initial_loss, kappa)[0].mean(1)                       # [S, G]
+    knots, grid = np.log(ladder.x), np.log(ladder.grid)
+    right = np.clip(np.searchsorted(knots, grid), 1, len(knots) - 1)
+    part = np.clip((grid - knots[right - 1]) / (knots[right] - knots[right - 1]), 0, 1)
+    deviation = z - np.stack([np.interp(knots, grid, one) for one in mean_curve])[:, None]
+    deviation = deviation[..., right - 1] * (1 - part) + deviation[..., right] * part
 
-
-def draw(field, rng, scales, each=4):
-    """`each` posterior curves of every target for each of scales [H, 6], as Draws."""
-    L0, kappa, mean, covariance, white, tilt = (np.repeat(part, each, 0) for part in conditional(field, scales))
-    ladder = field.ladder
-    factor = np.linalg.cholesky(covariance + 1e-10 * np.eye(covariance.shape[-1]))
-    z = mean + np.einsum('hij,hj->hi', factor, rng.normal(size=mean.shape))
-    z = z.reshape(len(L0), -1, len(ladder.x))
-    # Between the knots the ladder's own mean curve leads; what departs from it is interpolated.
-    lead = link(np.broadcast_to(ladder.mean, (len(L0), *ladder.mean.shape)), L0, ladder.plateau, kappa)[0].mean(1)   # [H, G]
-    s, fine = np.log(ladder.x), np.log(ladder.fine)
-    right = np.clip(np.searchsorted(s, fine), 1, len(s) - 1)
-    part = np.clip((fine - s[right - 1]) / (s[right] - s[right - 1]), 0, 1)
-    away = z - np.stack([np.interp(s, fine, one) for one in lead])[:, None]
-    away = away[..., right - 1] * (1 - part) + away[..., right] * part
-    jitter = np.sqrt(white)[..., None] * ladder.fine ** tilt[:, None, None] * rng.normal(size=away.shape)
-    loss = unlink(lead[:, None] + away, L0, ladder.plateau, kappa) * np.exp(jitter)
-    return Draws(L0, L0[:, None, None] + loss)
+    white_noise = np.sqrt(given.white_variance)[..., None] * ladder.grid ** given.tilt[:, None, None] * rng.normal(size=deviation.shape)
+    reducible = inverse_link(mean_curve[:, None] + deviation, L0, ladder.initial_loss, kappa) * np.exp(white_noise)
+    return Draws(L0, L0[:, None, None] + reducible)

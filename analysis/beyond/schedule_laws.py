@@ -1,117 +1,83 @@
-"""Predicting loss curves under unseen schedules from (step, lr, loss) of two or three runs: two schedule laws side by side.
+"""Loss curves under new learning-rate schedules, predicted from (step, lr, loss) of two or three runs by two schedule laws.
 
-Both are linear in (L0, A, c) and see nothing but the rates: loss = L0 + A·τ^(-α) + c·(noise that the rates have left behind), τ
-the sum of the rates. They differ in that memory.
+Both laws see only the learning rates and have the form
 
-`noise_law`, ours, is the noise model of Qiu et al. (2025) §3.2 under Adam, with Tr Σ modelled from the curve. Equation 11 gives the
-excess loss ½ ∫ η Tr(H e^(-2H(τ-s)) Σ) ds, where H and Σ are preconditioned by P = 1/√v. Two things close it:
-- v is the gradients' mean square, which noise dominates, and eq. 17 makes that proportional to the reducible loss: √v ∝ τ^(-α/2).
-  So Adam's steps are as noisy late as early (P^½ΣP^½ ∝ √v), and curvature is felt in the time dθ = dτ/√v, θ ∝ τ^(1+α/2).
-- The curvatures are spread evenly over the decades, up to the largest, which relaxes within n0 steps (a fixed number: at the edge
-  of stability it is the step that bounds the curvature). A sum of exponentials over such a spectrum is 1/(θ - θ').
-      excess(t) = c ∫ η dτ' / (θ - θ' + n0·dθ/dstep)
-Five parameters: the floor L0; A and α of the noiseless descent; the noise strength c; the shortest memory n0, in steps. The ½ is
-not fitted: √v constant, or ∝ τ^(-α), misses unseen curves of 25M and 100M language models by 1.5 to 2 times as much.
+    loss(t) = L0 + A·τ^(-α) + c·N(t),     τ(t) = sum of the learning rates up to t
 
-`multi_power_law` is the baseline (Luo et al. 2025, arXiv:2503.12811), seven parameters, with its published fit: early stopped Adam.
+where N(t) is the noise that past steps have left behind. N forgets old steps, and the laws differ in how it does.
+
+`noise_law` is this project's own. It is the noise model of Qiu et al. (2025) §3.2 under Adam, with Tr Σ modelled from the curve.
+Equation 11 gives the excess loss ½ ∫ η Tr(H e^(-2H(τ-s)) Σ) ds, with H and Σ preconditioned by P = 1/√v. Two assumptions close it:
+
+1. v is the mean square of the gradients and mostly noise. By eq. 17 it is proportional to the reducible loss, so √v ∝ τ^(-α/2). Then
+   the noise of Adam's steps does not change during training (P^½ΣP^½ ∝ √v), and the curvature acts in the rescaled time
+   dθ = dτ/√v, so θ ∝ τ^(1+α/2).
+2. The curvatures are spread evenly over the decades up to a largest one. At the edge of stability the step size bounds the largest
+   curvature, so it relaxes within a fixed number n0 of steps. The sum of exponentials over this spectrum is 1/(θ - θ').
+
+Together:  N(t) = ∫ η dτ' / (θ - θ' + n0·dθ/dstep).  There are five parameters: L0; A and α of the descent without noise; the noise
+strength c; the shortest memory n0 in steps. The exponent ½ of √v is not fitted. With √v constant or √v ∝ τ^(-α) the errors on
+unseen curves of 25M and 100M language models are 1.5 to 2 times as large.
+
+`multi_power_law` is the baseline (Luo et al. 2025, arXiv:2503.12811), seven parameters, fitted as published by early-stopped Adam.
 """
 
-from pathlib import Path
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares, nnls
 
-from analysis import table as logs
 from analysis.scaling_law import DELTA
-from analysis.table import LogError, require, runs
+from analysis.table import LogError
 
-PIECES = 8          # at most: cells of constant rate between two evaluations
-CELLS = 1600        # of them in a curve, or so
-WARMUP_CELLS = 200  # the published fit stops at another iteration if these are much coarser
+FULL_DECAYS = 'linear', 'cosine', 'quadratic', 'multicosine'  # in the order in which default_fit looks for them
 
 
-class Curve(NamedTuple):
-    """One run: its evaluations [n], and its rates as cells [K] within which the rate is constant."""
+class Law(NamedTuple):
+    """A schedule law: loss = columns(curve, *shape) @ (L0, A, c), every parameter positive."""
     name: str
-    step: np.ndarray  # [n] updates done
-    lr: np.ndarray    # [n] rate at the evaluation
-    loss: np.ndarray  # [n] nats
-    rate: np.ndarray  # [K] of each cell
-    edge: np.ndarray  # [K+1] gradient-flow time τ at the cells' ends, from 0 at the start of the warm-up
-    row: np.ndarray   # [n] the edge at which each evaluation lies
-
-    @property
-    def tau(self):    # [n]
-        return self.edge[self.row]
-
-
-class Law(NamedTuple):  # loss = columns(curve, *shape) @ (L0, A, c), everything positive
-    name: str
-    columns: object  # (curve, *shape) -> [n, 3]
-    names: tuple     # of (L0, A, c, *shape)
-    starts: list     # shapes to start a fit from
+    columns: object  # function (curve, *shape) -> [n, 3]
+    names: tuple     # of the parameters (L0, A, c, *shape)
+    starts: list     # values of shape to start a fit from
 
 
 class Fit(NamedTuple):
+    """A law fitted to curves."""
     law: Law
     values: np.ndarray  # of law.names
-    objective: float    # summed Huber loss, log-loss residuals
+    objective: float    # summed Huber loss of the log-loss residuals
 
 
-def make_curve(name, step, lr, loss, warmup=0):
-    """A Curve from evaluations [n] at increasing steps; before the first the rate is as there, after `warmup` steps rising from 0.
-
-    Between two evaluations the rate is taken to be linear, but a change between two stretches of constant rate is a jump,
-    at the later evaluation. Raises LogError if fewer than ten evaluations follow the warm-up or a number is out of range.
-    """
-    step, lr, loss = (np.asarray(v, float) for v in (step, lr, loss))
-    kept = step >= max(warmup, 1)
-    step, lr, loss = step[kept], lr[kept], loss[kept]
-    if len(step) < 10:
-        raise LogError(f'{name}: {len(step)} evaluations after the warm-up of {warmup:g} steps; a schedule law needs ten or more')
-    if not (np.diff(step) > 0).all() or not (loss > 0).all() or not (lr >= 0).all() or not lr[0] > 0:
-        raise LogError(f'{name}: steps must increase, losses be positive and rates not negative, the first above 0')
-    flat = np.abs(np.diff(lr)) <= 1e-6 * lr.max()
-    jump = ~flat & np.append(True, flat[:-1]) & np.append(flat[1:], True)
-    pieces = int(np.clip(CELLS // len(step), 1, PIECES))
-    u, cells = (np.arange(pieces) + 0.5) / pieces, WARMUP_CELLS if warmup else 0
-    rate, width, row = [lr[0] * (i + 0.5) / cells for i in range(cells)], [warmup / cells for _ in range(cells)], []
-    for i, start in enumerate(np.append(warmup, step[:-1])):
-        if step[i] > start:
-            first = lr[max(i - 1, 0)]
-            rate += list(first + (lr[i] - first) * u * (i > 0 and not jump[i - 1]))
-            width += [(step[i] - start) / pieces] * pieces
-        row.append(len(rate))
-    rate = np.array(rate)
-    return Curve(name, step, lr, loss, rate, np.append(0, np.cumsum(rate * width)), np.array(row))
+# ---- the laws ------------------------------------------------------------------------------------------------------
 
 
 def noise_columns(curve, alpha, n0):
-    """Columns [n, 3] of our law, derived at the top of this file."""
-    k = alpha / 2  # 1/√v ∝ τ^k
-    theta = curve.edge ** (1 + k) / (1 + k)                                                   # [K+1]
-    last = np.maximum(curve.rate[curve.row - 1], 1e-6 * curve.rate.max())                     # the rate of the last update
-    shortest = n0 * last * curve.tau ** k                                                     # [n] θ of the last n0 steps
-    memory = np.log1p(np.maximum(theta[curve.row][:, None] - theta, 0) / shortest[:, None])   # [n, K+1], ∫ dθ'/(θ-θ'+shortest)
-    noise = curve.rate * np.diff(curve.edge) / np.maximum(np.diff(theta), 1e-300)             # [K] η·dτ/dθ
+    """Columns [n, 3] of the noise law: 1, τ^(-α) and the noise N, derived at the top of this file."""
+    k = alpha / 2                                                                       # 1/√v ∝ τ^k
+    theta = curve.edge ** (1 + k) / (1 + k)                                             # [K+1]
+    last_rate = np.maximum(curve.rate[curve.row - 1], 1e-6 * curve.rate.max())          # [n] rate of the last update
+    shortest = n0 * last_rate * curve.tau ** k                                          # [n] θ of the last n0 steps
+    since = np.maximum(theta[curve.row][:, None] - theta, 0)                            # [n, K+1] θ - θ'
+    memory = np.log1p(since / shortest[:, None])                                        # integral of dθ' / (θ - θ' + shortest)
+    noise = curve.rate * np.diff(curve.edge) / np.maximum(np.diff(theta), 1e-300)       # [K] η·dτ/dθ
     return np.stack([np.ones_like(curve.tau), curve.tau ** -alpha, (memory[:, :-1] - memory[:, 1:]) @ noise], 1)
 
 
 def multi_power_columns(curve, alpha, C, beta, gamma, slopes=False):
     """Columns [n, 3] of the Multi-Power Law: 1, (S_1 + S_W)^(-α), -Σ_k (η_{k-1} - η_k)·G(η_k^(-γ) S_k), G(x) = 1 - (Cx + 1)^(-β).
 
-    The sum runs over the changes of rate, the warm-up's rise from 0 among them, as in the published numbers. With slopes=True also
-    the derivatives [n, 4] of the two last columns' sum by (α, C, β, γ) as a pair: that of τ^(-α) [n], and those of the sum [n, 3].
+    The sum is over the changes of the rate. These include the rise from 0 during the warm-up, as in the published numbers. With
+    slopes=True the derivatives follow: that of τ^(-α) by α [n], and those of the sum by (C, β, γ) [n, 3].
     """
     before = np.append(0, curve.rate[:-1])
     changed = (curve.rate != before) & (curve.rate > 0)
-    rise, rate = (curve.rate - before)[changed], curve.rate[changed]                          # [k]
-    since = np.maximum(curve.tau[:, None] - curve.edge[:-1][changed], 0)                      # [n, k] S_k
+    rise, rate = (curve.rate - before)[changed], curve.rate[changed]                    # [k]
+    since = np.maximum(curve.tau[:, None] - curve.edge[:-1][changed], 0)                # [n, k] S_k
     x = C * rate ** -gamma * since
     log = np.log1p(x)
-    left = np.exp(-beta * log)                                                                # 1 - G
+    left = np.exp(-beta * log)                                                          # 1 - G
     power = curve.tau ** -alpha
     columns = np.stack([np.ones_like(power), power, (1 - left) @ rise], 1)
     if not slopes:
@@ -120,8 +86,8 @@ def multi_power_columns(curve, alpha, C, beta, gamma, slopes=False):
     return columns, -power * np.log(curve.tau), np.stack([by_x @ rise / C, (left * log) @ rise, -by_x @ (rise * np.log(rate))], 1)
 
 
-def settled_columns(curve, alpha):
-    """Columns [n, 3] of a law without memory, L0 + A·τ^(-α) + c·η: eq. 14 with Tr Σ constant; phase one of the published fit."""
+def memoryless_columns(curve, alpha):
+    """Columns [n, 3] of the law L0 + A·τ^(-α) + c·η: eq. 14 with constant Tr Σ. It is the first phase of the published fit."""
     return np.stack([np.ones_like(curve.tau), curve.tau ** -alpha, curve.lr], 1)
 
 
@@ -129,136 +95,117 @@ noise_law = Law('noise law', noise_columns, ('L0', 'A', 'c', 'alpha', 'n0'),
                 [(alpha, n0) for alpha in (0.2, 0.35, 0.5, 0.7, 1.0) for n0 in (0.1, 1, 10)])
 multi_power_law = Law('multi-power law', multi_power_columns, ('L0', 'A', 'B', 'alpha', 'C', 'beta', 'gamma'),
                       [(alpha, 1, beta, gamma) for alpha in (0.3, 0.5, 0.8) for beta in (0.2, 0.6) for gamma in (0.3, 0.7)])
-settled_law = Law('no memory', settled_columns, ('L0', 'A', 'c', 'alpha'), [(alpha,) for alpha in (0.2, 0.35, 0.5, 0.7, 1.0)])
+memoryless_law = Law('no memory', memoryless_columns, ('L0', 'A', 'c', 'alpha'), [(alpha,) for alpha in (0.2, 0.35, 0.5, 0.7, 1.0)])
 
 
 def predict(fit, curve):
-    """Loss [n] of a fitted law under the rates of `curve`."""
+    """Loss [n] of a fitted law under the learning rates of `curve`."""
     return fit.law.columns(curve, *fit.values[3:]) @ fit.values[:3]
 
 
-# ---- fits -----------------------------------------------------------------------------------------------------------
+# ---- fits ----------------------------------------------------------------------------------------------------------
 
 
-def fit(law, curves, polish=2):
-    """The law of least summed Huber loss (δ = 1e-3) on the log-loss residuals of all curves' evaluations.
+def fit(law, curves, refined=2):
+    """The Fit of least summed Huber loss (δ = 1e-3) on the log-loss residuals of all curves.
 
-    Every start is solved for (L0, A, c), which is linear, and the `polish` best are refined: by least squares before Huber, whose
-    flat sides hold a far start back.
+    At every start the law is linear in (L0, A, c), which are solved for. The best `refined` starts are then refined, first by least
+    squares and then with the Huber loss: its slope is constant far from the data, which would slow a poor start down.
     """
     target = np.log(np.concatenate([curve.loss for curve in curves]))
 
     def columns(shape):
         return np.concatenate([law.columns(curve, *shape) for curve in curves])
 
-    def residual(logs_of):
-        value = np.exp(np.clip(logs_of, -80, 80))
-        with np.errstate(over='ignore', invalid='ignore'):  # a trial step may go far out, and is then refused
+    def residual(log_values):
+        value = np.exp(np.clip(log_values, -80, 80))
+        with np.errstate(over='ignore', invalid='ignore'):  # a trial step may go far out; the solver then refuses it
             return np.log(np.maximum(columns(value[3:]) @ value[:3], 1e-10)) - target
 
     starts = []
     for shape in law.starts:
-        design = columns(shape) / np.exp(target)[:, None]  # relative residuals
+        design = columns(shape) / np.exp(target)[:, None]   # relative residuals
         size = np.abs(design).max(0)
         linear, misfit = nnls(design / size, np.ones(len(target)))
         starts.append((misfit, [*np.maximum(linear, 1e-6) / size, *shape]))
     ends = []
-    for _, start in sorted(starts)[:polish]:
+    for _, start in sorted(starts)[:refined]:
         near = least_squares(residual, np.log(start), x_scale='jac', max_nfev=30)
         ends.append(least_squares(residual, near.x, loss='huber', f_scale=DELTA, x_scale='jac', max_nfev=100))
     best = min(ends, key=lambda end: end.cost)
     return Fit(law, np.exp(best.x), float(best.cost))
 
 
-def fit_as_published(curves, steps=200, patience=20):
-    """The Multi-Power Law as Luo et al. fitted it (their released settings), which is not the minimum of its objective.
+def fit_as_published(curves, max_steps=200, patience=20):
+    """The Multi-Power Law as Luo et al. fitted it, with their released settings. It is not the minimum of its objective.
 
-    (L0, A, α, B) from the law without memory; then C = 1, β = γ = ½ and AdamW, rate 0.05 for L0, A, B, C and 0.005 for the
-    exponents, decay 0.01, until the objective has not fallen for 20 of at most 200 steps. What is kept is the state one step
-    after the lowest objective. The stop matters: at the true minimum (`fit`) the exponents drift and unseen schedules suffer.
+    The law without memory gives (L0, A, α, B). From there, with C = 1 and β = γ = ½, AdamW minimises the objective: rate 0.05 for
+    L0, A, B and C, rate 0.005 for the exponents, weight decay 0.01. It stops after `patience` steps without a new minimum and keeps
+    the state one step after the lowest objective. The early stop matters: at the true minimum (`fit`) the exponents drift and
+    predictions of unseen schedules are worse.
     """
-    first = fit(settled_law, curves)
-    L0, A, c, alpha = first.values
+    L0, A, c, alpha = fit(memoryless_law, curves).values
     peak = max(curve.lr.max() for curve in curves)
-    value = np.array([L0 + c * peak, A, c, alpha, 1, 0.5, 0.5])  # L0 there counts the peak's noise in
+    value = np.array([L0 + c * peak, A, c, alpha, 1, 0.5, 0.5])  # this law's L0 includes the noise at the peak rate
     rate = np.array([0.05, 0.05, 0.05, 0.005, 0.05, 0.005, 0.005])
-    mean, square, best, kept, taken = np.zeros(7), np.zeros(7), np.inf, None, 0
+    mean, square = np.zeros(7), np.zeros(7)                      # Adam's moments
+    best, best_step, kept = np.inf, 0, None
     target = np.log(np.concatenate([curve.loss for curve in curves]))
-    for t in range(1, steps + 1):
-        parts = [multi_power_columns(curve, *value[3:], slopes=True) for curve in curves]
-        columns, by_alpha, by_rest = (np.concatenate(part) for part in zip(*parts, strict=True))
-        predicted = np.maximum(columns @ value[:3], 1e-10)
-        residual = np.log(predicted) - target
-        objective = np.where(np.abs(residual) <= DELTA, residual ** 2 / 2, DELTA * (np.abs(residual) - DELTA / 2)).sum()
-        slope = np.column_stack([columns, value[1] * by_alpha, value[2] * by_rest])
-        gradient = (np.clip(residual, -DELTA, DELTA) / predicted) @ slope
+    for step in range(1, max_steps + 1):
+        objective, gradient = _huber_of_multi_power(value, curves, target)
         mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient ** 2
-        value = (1 - 0.01 * rate) * value - rate * mean / (1 - 0.9 ** t) / (np.sqrt(square / (1 - 0.999 ** t)) + 1e-8)
+        update = mean / (1 - 0.9 ** step) / (np.sqrt(square / (1 - 0.999 ** step)) + 1e-8)
+        value = (1 - 0.01 * rate) * value - rate * update
         if objective < best:
-            best, kept, taken = objective, value, t
-        elif t > patience and t - taken >= patience:
+            best, best_step, kept = objective, step, value
+        elif step > patience and step - best_step >= patience:
             break
     return Fit(multi_power_law._replace(name='multi-power law, as published'), kept, float(best))
 
 
+def _huber_of_multi_power(value, curves, target):
+    """(summed Huber loss of the log-loss residuals, its gradient [7]) of the Multi-Power Law with these parameters."""
+    parts = [multi_power_columns(curve, *value[3:], slopes=True) for curve in curves]
+    columns, by_alpha, by_rest = (np.concatenate(part) for part in zip(*parts, strict=True))
+    predicted = np.maximum(columns @ value[:3], 1e-10)
+    residual = np.log(predicted) - target
+    objective = np.where(np.abs(residual) <= DELTA, residual ** 2 / 2, DELTA * (np.abs(residual) - DELTA / 2)).sum()
+    slope = np.column_stack([columns, value[1] * by_alpha, value[2] * by_rest])
+    return objective, (np.clip(residual, -DELTA, DELTA) / predicted) @ slope
+
+
+# ---- comparison ----------------------------------------------------------------------------------------------------
+
+
 def errors(fit, curve):
-    """R², MAE, RMSE (nats) and the worst relative error of the fitted law on one curve, each evaluation counting alike."""
+    """R², MAE, RMSE (nats) and the worst relative error of a fitted law on one curve; every evaluation counts alike."""
     miss = predict(fit, curve) - curve.loss
     return {'r2': float(1 - np.mean(miss ** 2) / curve.loss.var()), 'mae': float(np.abs(miss).mean()),
             'rmse': float(np.sqrt(np.mean(miss ** 2))), 'worst': float(np.abs(miss / curve.loss).max())}
 
 
-def compare(curves, names):
-    """Fit the laws on the curves named and predict the others: (fits, one dict an unseen curve and law, their means).
+def default_fit(curves):
+    """Names of the constant-rate curve and of one that decays over the whole run, or [] if the curves have no such names."""
+    decays = [name for name in FULL_DECAYS if name in curves]
+    return ['const', decays[0]] if 'const' in curves and decays else []
 
-    Raises LogError for a name that is not there, and if there is no curve left to predict.
+
+def compare(curves, names):
+    """Fit the laws to the curves named and predict the others: (fits, a dict for each unseen curve and law, their means).
+
+    Raises LogError for fewer than two names, an unknown name, and if no curve is left to predict.
     """
+    if len(names) < 2:
+        raise LogError(f'--fit: name two or three curves of {", ".join(curves)}')
     for name in names:
         if name not in curves:
-            raise LogError(f'--fit {name}: no such curve; there are {", ".join(curves)}')
+            close = get_close_matches(name, curves, 1)
+            suggestion = f'; did you mean {close[0]}?' if close else ''
+            raise LogError(f'--fit {name}: no such curve; there are {", ".join(curves)}{suggestion}')
     unseen = [name for name in curves if name not in names]
     if not unseen:
         raise LogError(f'all {len(curves)} curves are fitted; leave one out of --fit to be predicted')
-    chosen = [curves[name] for name in names]
-    fits = [fit(noise_law, chosen), fit_as_published(chosen), fit(multi_power_law, chosen)]
+    fitted = [curves[name] for name in names]
+    fits = [fit(noise_law, fitted), fit_as_published(fitted), fit(multi_power_law, fitted)]
     rows = [{'curve': name, 'law': one.law.name, **errors(one, curves[name])} for one in fits for name in unseen]
     return fits, rows, pd.DataFrame(rows).drop(columns='curve').groupby('law', sort=False).mean()
-
-
-def read_csv(path, warmup=None, without=None):
-    """{name: Curve} of a .csv with columns run, step, lr, loss, or of a folder of .csv files (step, lr, loss), a curve each.
-
-    Without `warmup`, what precedes the first evaluation of any curve is taken to be a linear warm-up. The
-    evaluation at step `without` is left out (24,000 in the published protocol for the curves of Luo et al.).
-    """
-    path = Path(path)
-    tables = {one.stem: logs.load(one) for one in sorted(path.glob('*.csv'))}
-    tables = tables or dict(list(logs.load(path).groupby('run', sort=False)))
-    for name, rows in tables.items():
-        require(rows, ['step', 'lr', 'test_loss'], f'the schedule curve {name}')
-    warmup = min(rows['step'].min() for rows in tables.values()) if warmup is None else warmup
-    tables = {name: rows[rows['step'] != without] for name, rows in tables.items()}
-    return {name: make_curve(name, rows['step'], rows['lr'], rows['test_loss'], warmup) for name, rows in tables.items()}
-
-
-def from_table(table, skip=0.05):
-    """{name: Curve} of a log of one model, named by schedule, decay and horizon, e.g. `linear_0.2`, `const_244k`.
-
-    The first `skip` of the shortest run's steps, where no power law holds yet, is left out. Raises LogError if columns are
-    missing, or if there are several models, batches, rates or seeds.
-    """
-    require(table, ['step', 'lr', 'test_loss', 'schedule'], 'a schedule law')
-    ends = runs(table)
-    for column in ('num_params', 'B', 'peak_lr', 'seed'):
-        if column in ends and ends[column].nunique() > 1:
-            found = ', '.join(f'{value:g}' for value in sorted(ends[column].unique()))
-            raise LogError(f'a schedule law is of one model; the log has {column} {found}: choose one with --where {column}=…')
-    shortest = ends['step'].min()
-    curves = {}
-    for run, end in ends.iterrows():
-        share = f'_{end["decay_frac"]:g}' if end['schedule'] != 'const' and end.get('decay_frac', 1) < 1 else ''
-        horizon = f'_{end["step"] / 1000:.3g}k' if ends['step'].nunique() > 1 else ''
-        rows = table[(table['run'] == run) & (table['step'] >= skip * shortest)]
-        name = end['schedule'] + share + horizon
-        curves[name] = make_curve(name, rows['step'], rows['lr'], rows['test_loss'])
-    return curves

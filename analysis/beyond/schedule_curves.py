@@ -1,0 +1,132 @@
+"""The curves that schedule laws are fitted to: one run's (step, lr, loss), from .csv files or from a log.
+
+Between evaluations the learning rate is divided into cells of constant rate, so that sums over all steps become sums over cells.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis import table as logs
+from analysis.table import LogError, require, runs
+
+MAX_CELLS_PER_EVALUATION = 8
+CELLS_PER_CURVE = 1600   # roughly, if the evaluations allow it
+WARMUP_CELLS = 200       # with much coarser cells the published fit of the Multi-Power Law stops at another iteration
+MIN_EVALUATIONS = 10
+
+
+class Curve(NamedTuple):
+    """One run: n evaluations, and K cells of constant learning rate."""
+    name: str
+    step: np.ndarray  # [n] updates done
+    lr: np.ndarray    # [n] rate at the evaluation
+    loss: np.ndarray  # [n] nats
+    rate: np.ndarray  # [K] of each cell
+    edge: np.ndarray  # [K+1] gradient-flow time τ at the cells' ends, from 0 at the start of the warm-up
+    row: np.ndarray   # [n] index of the edge at which each evaluation lies
+
+    @property
+    def tau(self):    # [n]
+        return self.edge[self.row]
+
+
+def make_curve(name, step, lr, loss, warmup=0):
+    """The Curve of evaluations [n] at increasing steps.
+
+    During the first `warmup` steps the rate rises linearly from 0, then it has the value of the first evaluation until there.
+    Between two evaluations it is linear. But a change between two stretches of constant rate is a jump, at the later evaluation.
+    Raises LogError if fewer than ten evaluations follow the warm-up or a number is out of range.
+    """
+    step, lr, loss = (np.asarray(values, float) for values in (step, lr, loss))
+    kept = step >= max(warmup, 1)
+    step, lr, loss = step[kept], lr[kept], loss[kept]
+    if len(step) < MIN_EVALUATIONS:
+        raise LogError(f'{name}: {len(step)} evaluations after the warm-up of {warmup:g} steps; a schedule law needs ten or more')
+    if not (np.diff(step) > 0).all() or not (loss > 0).all() or not (lr >= 0).all() or not lr[0] > 0:
+        raise LogError(f'{name}: steps must increase, losses be positive and rates not negative, the first above 0')
+    flat = np.abs(np.diff(lr)) <= 1e-6 * lr.max()
+    jump = ~flat & np.append(True, flat[:-1]) & np.append(flat[1:], True)
+    pieces = int(np.clip(CELLS_PER_CURVE // len(step), 1, MAX_CELLS_PER_EVALUATION))
+    middle = (np.arange(pieces) + 0.5) / pieces   # of each cell, as a share of the way to the next evaluation
+    cells = WARMUP_CELLS if warmup else 0
+    rate = [lr[0] * (i + 0.5) / cells for i in range(cells)]
+    width = [warmup / cells] * cells
+    row = []
+    for i, start in enumerate(np.append(warmup, step[:-1])):
+        if step[i] > start:
+            first = lr[max(i - 1, 0)]
+            linear = i > 0 and not jump[i - 1]
+            rate += list(first + (lr[i] - first) * middle * linear)
+            width += [(step[i] - start) / pieces] * pieces
+        row.append(len(rate))
+    rate = np.array(rate)
+    return Curve(name, step, lr, loss, rate, np.append(0, np.cumsum(rate * width)), np.array(row))
+
+
+def read_csv(path, warmup=None, without=None):
+    """{name: Curve} of a folder of .csv files (step, lr, loss), a curve each, or of one .csv file with a column `run` besides.
+
+    Without `warmup`, everything before the first evaluation of any curve is taken to be a linear warm-up. The evaluation at step
+    `without` is left out (24,000 in the published protocol for the curves of Luo et al.).
+    """
+    path = Path(path)
+    tables = {file.stem: logs.load(file) for file in sorted(path.glob('*.csv'))}
+    tables = tables or dict(list(logs.load(path).groupby('run', sort=False)))
+    for name, rows in tables.items():
+        require(rows, ['step', 'lr', 'test_loss'], f'the schedule curve {name}')
+    warmup = min(rows['step'].min() for rows in tables.values()) if warmup is None else warmup
+    tables = {name: rows[rows['step'] != without] for name, rows in tables.items()}
+    return {name: make_curve(name, rows['step'], rows['lr'], rows['test_loss'], warmup) for name, rows in tables.items()}
+
+
+def from_table(table, skip=0.05):
+    """({name: Curve}, notes) of one model in a log: a curve for each schedule, decay and horizon, the mean over its seeds.
+
+    Of several models, the one with the most curves is used. A curve is named by its schedule and, if it decays over a part of the
+    run only, that share: `linear`, `linear_0.2`. Curves of other horizons than the one with the most curves have their number of
+    steps appended: `linear_1660`. The first `skip` of the shortest run's steps is left out, as no power law holds there yet.
+    Raises LogError if columns are missing or the model was trained with several batch sizes or peak rates.
+    """
+    require(table, ['step', 'lr', 'test_loss', 'schedule'], 'a schedule law')
+    ends = runs(table)
+    ends['decay'] = ends['decay_frac'].where(ends['schedule'] != 'const').fillna(1) if 'decay_frac' in ends else 1.0
+    ends, notes = _one_model(ends)
+    for column in ('B', 'peak_lr'):
+        if column in ends and ends[column].nunique() > 1:
+            found = ', '.join(f'{value:g}' for value in sorted(ends[column].unique()))
+            raise LogError(f'a schedule law compares runs that differ in their schedule alone; the log has {column} {found}: '
+                           f'choose one with --where {column}=…')
+    horizons = ends.groupby('step').apply(lambda group: len(group.groupby(['schedule', 'decay'])))
+    most_curves = horizons[horizons == horizons.max()].index.max()
+    first_step = skip * ends['step'].min()
+    curves, seeds = {}, set()
+    for (schedule, decay, steps), group in ends.groupby(['schedule', 'decay', 'step'], sort=False):
+        name = schedule + (f'_{decay:g}' if decay < 1 else '') + (f'_{steps:.0f}' if steps != most_curves else '')
+        rows = _mean_over_runs(table[table['run'].isin(group.index) & (table['step'] >= first_step)])
+        curves[name] = make_curve(name, rows['step'], rows['lr'], rows['test_loss'])
+        seeds.add(group['seed'].nunique() if 'seed' in group else len(group))
+    if max(seeds) > 1:
+        notes.append(f'curves are means over their seeds ({min(seeds)} to {max(seeds)})')
+    if len(horizons) > 1:
+        notes.append(f'names without a number of steps are of runs with {most_curves:.0f} steps')
+    return curves, notes
+
+
+def _one_model(ends):
+    """(rows of `runs` of the model with the most curves, notes)."""
+    if 'num_params' not in ends or ends['num_params'].nunique() < 2:
+        return ends, []
+    count = ends.groupby('num_params').apply(lambda group: len(group.groupby(['schedule', 'decay', 'step'])))
+    p = count[count == count.max()].index.max()
+    others = ', '.join(f'{one:.0f}' for one in count.index if one != p)
+    return ends[ends['num_params'] == p], [f'the curves are of the model with {p:.0f} parameters, which has the most; for another, '
+                                           f'give --where num_params=… ({others})']
+
+
+def _mean_over_runs(rows):
+    """Mean lr and test_loss at the steps where every run has an evaluation."""
+    by_step = rows.groupby('step')
+    complete = by_step['run'].nunique() == rows['run'].nunique()
+    return by_step[['lr', 'test_loss']].mean()[complete].reset_index()
