@@ -24,7 +24,6 @@ demo: .venv/complete ## train a small ladder live, fit its scaling law, judge an
 reproduce: .venv/complete ## train every laptop experiment (hours on 2 cores; goes on where it stopped), save the logs, draw the figures
 	$(RUN) -m experiments.package_text pandas
 	for sweep in experiments/laptop_*.yaml; do $(RUN) -m experiments.run $$sweep wandb_mode=disabled || exit; done
-	$(RUN) -m benchmarks.watch_faults --train
 	for tag in $$(ls runs | grep ^laptop_); do $(RUN) save_logs.py --runs runs --tag $$tag || exit; done
 	$(MAKE) figures
 

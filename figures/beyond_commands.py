@@ -24,9 +24,9 @@ def forecast(argv):
     """Print a larger model's loss curve, forecast from a log of smaller ones, and draw it."""
     parse = commands.parser(forecasting.__doc__.splitlines()[0], 'forecast')
     parse.add_argument('--target', required=True, metavar='p=…|D=…|each',
-                       help='the model to forecast, by its parameters or its width; each: every model of the log, from all smaller ones')
-    parse.add_argument('--horizon', type=float, metavar='TOKENS', help='tokens of the target (default: from the ladder\'s horizons)')
-    parse.add_argument('--seen', type=float, default=0.0, metavar='X', help='also use the first part of the target\'s curve, up to x = X')
+                       help='the model to forecast, by parameters or width; each: every model of the log, from all smaller ones')
+    parse.add_argument('--horizon', type=float, metavar='TOKENS', help='tokens of the target (default: from those of the ladder)')
+    parse.add_argument('--seen', type=float, default=0.0, metavar='X', help='also use the target\'s own curve up to x = X')
     parse.add_argument('--rate', type=float, metavar='FLOP/S', help='speed of your machine in training, to print hours')
     parse.add_argument('--schedule', choices=schedules.RATES, help='schedule of the target, if the ladder has a constant rate')
     parse.add_argument('--pairs', metavar='LOG', help='small models at constant and decaying rates, to fit the α of --schedule')
@@ -89,7 +89,8 @@ def _split_lines(rows):
     keys = ('reducible_median', 'reducible_worst', 'final', 'baseline_final', 'covered90')
     shape = ' {:7.2%} {:7.2%} {:7.2%} {:9.2%}  {:.0%}'
     out = ['models  p of target  compute   median   worst   final power law  in the 90% band']
-    out += [f'{row["models"]:6} {row["p"]:12.6g} × {row["times_compute"]:6.3g}' + shape.format(*(row[k] for k in keys)) for row in rows]
+    for row in rows:
+        out.append(f'{row["models"]:6} {row["p"]:12.6g} × {row["times_compute"]:6.3g}' + shape.format(*(row[k] for k in keys)))
     return [*out, f'{"mean":28}' + shape.format(*(np.mean([row[k] for row in rows]) for k in keys))]
 
 
@@ -139,7 +140,7 @@ def _load_run(source):
 def _watch_lines(result):
     """The state of a run as text: some residuals, the verdict, the forecast of its end."""
     if not len(result['x']):
-        return [f'x = {result["now"]:.3f}: nothing to compare yet; the ladder\'s curves begin at x = {result["expected"].x[0]:g}']
+        return [f'x = {result["now"]:.3f}: nothing to compare yet; the ladder begins at x = {result["expected"].x[0]:g}']
     out = [f'{"x":>5} {"residual":>9}   90% band             p-value']
     for i in np.unique(np.linspace(0, len(result['x']) - 1, 8).astype(int)):
         out.append(f'{result["x"][i]:5.2f} {result["residual"][i]:+9.2%}   [{result["lo90"][i]:+7.2%}, {result["hi90"][i]:+7.2%}]   '
@@ -171,8 +172,8 @@ def schedule_laws(argv):
     fitted = args.fit or laws.default_fit(curves)
     fits, rows, means = laws.compare(curves, fitted)
     if fits[1].objective > 300 * fits[2].objective:
-        notes.append(f'the fit of the {fits[1].law.name} has stopped far from its minimum: its step sizes are made for losses of a few '
-                     'nats')
+        notes.append(f'the fit of the {fits[1].law.name} has stopped far from its minimum: its step sizes are made for losses of a '
+                     'few nats')
     if args.out:
         from figures import beyond_panels
         commands.save(lambda: beyond_panels.schedule_laws(curves, fits[:2], fitted), args.out)

@@ -1,4 +1,4 @@
-"""Panels of what is not in the paper: forecasts, a monitored run, schedule laws."""
+"""Figures of what is not in the paper: a forecast, a monitored run, schedule laws."""
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -11,21 +11,21 @@ from figures import style
 
 
 def schedule_laws(curves, fits, fitted, most=6):
-    """Unseen curves, measured and as two schedule laws predict them, above; what they miss and the rate, below."""
+    """Figure of at most `most` unseen curves: above, measured and predicted by two fitted laws; below, the errors and the rate."""
     unseen = [name for name in curves if name not in fitted][:most]
     figure, axes = plt.subplots(2, len(unseen), figsize=(2.6 * len(unseen), 4.6), squeeze=False, height_ratios=(3, 2),
                                 sharex='col')
-    looks = [(style.BLUE, '-'), (style.RED, '--')]
-    missed = {name: [laws.predict(fit, curves[name]) - curves[name].loss for fit in fits] for name in unseen}
-    reach = max(np.quantile(np.abs(values), 0.98) for values in missed.values())
+    lines = [(style.BLUE, '-'), (style.RED, '--')]
+    errors = {name: [laws.predict(fit, curves[name]) - curves[name].loss for fit in fits] for name in unseen}
+    reach = max(np.quantile(np.abs(values), 0.98) for values in errors.values())
     for upper, lower, name in zip(*axes, unseen, strict=True):
         one = curves[name]
         upper.plot(one.step / 1e3, one.loss, color='black', lw=2.2, alpha=0.3, label='measured')
-        for fit, miss, (colour, line) in zip(fits, missed[name], looks, strict=True):
+        for fit, miss, (colour, line) in zip(fits, errors[name], lines, strict=True):
             upper.plot(one.step / 1e3, one.loss + miss, line, color=colour, lw=1, label=fit.law.name)
             lower.plot(one.step / 1e3, miss, line, color=colour, lw=1, label=f'MAE {np.abs(miss).mean():.2g}')
         late = one.step > one.step[0] + 0.05 * np.ptp(one.step)
-        lowest, highest = np.min([one.loss + miss for miss in (0, *missed[name])]), one.loss[late].max()
+        lowest, highest = np.min([one.loss + miss for miss in (0, *errors[name])]), one.loss[late].max()
         upper.set_ylim(lowest - 0.05 * (highest - lowest), highest)
         height = (0.6 * one.lr / one.lr.max() - 1.3) * reach
         lower.fill_between(one.step / 1e3, -1.3 * reach, height, color=style.GREY, alpha=0.25, lw=0)
@@ -39,7 +39,7 @@ def schedule_laws(curves, fits, fitted, most=6):
 
 
 def forecast(table, result):
-    """The ladder's curves and the forecast; the same relative to it, with what came, where that is known; what compute buys."""
+    """Figure of a forecast: the ladder and the forecast curve; its bands and the measured curve relative to it; larger budgets."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5))
     curves, horizon, x = collapsing.curves(table), scaling_law.horizon_of(table), result['x']
     ladder = curves.p <= result['ladder'][-1] * 1.001
@@ -63,8 +63,8 @@ def forecast(table, result):
     if result['baselines']:
         middle.plot(x, relative(result['baselines']['power law']['curve']), ':', color=style.RED, label='power law × mean ℓ')
     if result['truth'] is not None:
-        left.plot(result['compute'] * x / PETA, result['truth'], '--', color='black', lw=0.9, label='as it came (seed mean)')
-        middle.plot(x, relative(result['truth']), '--', color='black', lw=0.9, label='as it came (seed mean)')
+        left.plot(result['compute'] * x / PETA, result['truth'], '--', color='black', lw=0.9, label='measured (seed mean)')
+        middle.plot(x, relative(result['truth']), '--', color='black', lw=0.9, label='measured (seed mean)')
     middle.set(xlabel='x = C/C*', ylabel='% of the reducible loss', xlim=(0, 1), title='relative to the forecast')
     rows = result['budgets']
     C = np.array([row['compute'] for row in rows]) / PETA
@@ -72,7 +72,7 @@ def forecast(table, result):
         right.fill_between(C, [row[f'lo{name}'] for row in rows], [row[f'hi{name}'] for row in rows], color=style.BLUE,
                            alpha=alpha, lw=0, label=f'{name}%')
     right.plot(C, [row['mean'] for row in rows], 'o-', ms=3, color=style.BLUE, label='final loss')
-    right.set(xscale='log', yscale='log', xlabel='compute C (PFLOPs)', title='final loss that more compute buys')
+    right.set(xscale='log', yscale='log', xlabel='compute C (PFLOPs)', title='final loss of larger models')
     style.plain_log(right.yaxis)
     for axis in (left, middle, right):
         axis.legend(fontsize=7)
@@ -80,7 +80,7 @@ def forecast(table, result):
 
 
 def watch(result):
-    """A run so far beside what its ladder says: the loss with the band, and the collapse residual with its own."""
+    """Figure of a run so far beside its ladder's forecast: the loss, and the collapse residual, each with its 90% band."""
     expected, x = result['expected'], result['x']
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.5))
     band = [expected.loss + edge * expected.reducible for edge in (expected.lo90, expected.hi90)]
@@ -89,7 +89,7 @@ def watch(result):
     k = np.searchsorted(expected.x, x)
     left.plot(x, expected.loss[k] + result['residual'] * expected.reducible[k], color='black', label='this run')
     left.errorbar([1], [result['forecast']], yerr=result['forecast_hi90'] - result['forecast'], fmt='o', ms=4, color=style.RED,
-                  capsize=3, label=f'its end, seen from x = {result["now"]:.2f} (90%)')
+                  capsize=3, label=f'forecast of its end at x = {result["now"]:.2f} (90%)')
     left.set(yscale='log', xlabel='normalised compute x = C/C*', ylabel='test loss')
     style.plain_log(left.yaxis)
     left.legend()

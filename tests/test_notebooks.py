@@ -64,7 +64,6 @@ def workplace(tmp_path_factory):
         'laptop_mlp_const': power_law_table(rng, past=10.0, schedule='const', models=6, seeds=3, evals=60),
         'laptop_mlp_schedules': planted_schedules(rng, evals=60),
         'laptop_fault_horizon': power_law_table(rng, **linear).assign(T=lambda t: t.groupby('run')['tokens'].transform('max')),
-        'laptop_fault_repeat': power_law_table(rng, **linear),
         'laptop_fault_lr': rates(power_law_table(rng, **linear), (5e-4, 2e-3)),
         'laptop_lr': rates(power_law_table(rng, models=3, seeds=8, evals=60), 1e-3 * 2.0 ** np.arange(-4, 4), width=64),
     }.items():

@@ -1,14 +1,16 @@
-"""Both schedule laws against what defines them: their sums step by step, their limits, planted parameters, published errors."""
+"""The schedule laws agree with step-by-step sums, known limits, planted parameters and published errors; logs become curves."""
 
 import json
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import table as logs
+from analysis.beyond import schedule_curves
 from analysis.beyond import schedule_laws as laws
 from analysis.table import LogError
+from figures import beyond_commands
 from tests.test_schedules import planted as planted_schedules
 
 PEAK = 3e-4
@@ -24,9 +26,9 @@ def rates(steps=6000, end=0.1):
 
 
 def curve(rate, warmup=0, every=100, loss=None):
-    """A Curve that sees the rates [steps] only at every 100th step, as a log would."""
+    """The Curve of rates [steps] that are known only at every 100th step, as in a log."""
     step = np.arange(every, len(rate), every)
-    return laws.make_curve('planted', warmup + step, rate[step], np.ones(len(step)) if loss is None else loss, warmup)
+    return schedule_curves.make_curve('planted', warmup + step, rate[step], np.ones(len(step)) if loss is None else loss, warmup)
 
 
 def planted(law, values, noise=0.0, **kwargs):
@@ -37,7 +39,7 @@ def planted(law, values, noise=0.0, **kwargs):
 
 
 def every_step(rate, warmup, at):
-    """The rates of the warm-up and after, one a step, and how many of them have acted at each evaluation."""
+    """(the rate of every step, warm-up included; the number of steps done at each evaluation)."""
     whole = np.append(rate[0] * (np.arange(warmup) + 0.5) / max(warmup, 1), rate)
     return whole, (at + 0.5).astype(int)
 
@@ -57,14 +59,14 @@ def test_the_multi_power_sum_is_the_one_over_all_steps(name, warmup):
         G = 1 - (C * whole[:t] ** -gamma * S_k + 1) ** -beta
         expected.append(-((np.append(0, whole[:t - 1]) - whole[:t]) * G).sum())
     found = laws.multi_power_columns(seen, alpha, C, beta, gamma)
-    # The sum is a share of the peak rate; 0.2% of it is 2e-4 nats at a noise of 0.1 nats. Measured: up to 0.15%, at a jump's row.
+    # The sum is a share of the peak rate. 0.2% of it is 2e-4 nats if the noise is 0.1 nats. Measured: up to 0.15%, at a jump.
     np.testing.assert_allclose(found[:, 2], expected, atol=2e-3 * PEAK)
     np.testing.assert_allclose(found[:, 1], sums[taken - 1] ** -alpha, rtol=1e-3)
 
 
 @pytest.mark.parametrize('name', ['constant', 'cosine', 'drop', 'linear_end'])
 def test_the_noise_is_the_sum_over_all_steps(name):
-    """Σ η²/(θ - θ' + n0·dθ) over the updates before, θ a running sum of η·τ^(α/2): the formula as it is derived."""
+    """Σ η²/(θ - θ' + n0·dθ) over all earlier updates, with θ the running sum of η·τ^(α/2)."""
     alpha, n0, warmup = 0.5, 2.0, 500
     rate = rates()[name]
     seen = curve(rate, warmup)
@@ -74,7 +76,7 @@ def test_the_noise_is_the_sum_over_all_steps(name):
     theta = np.cumsum(speed)
     expected = [(whole[:t] ** 2 / (theta[t - 1] - theta[:t] + speed[:t] / 2 + n0 * speed[t - 1])).sum() for t in taken]
     found = laws.noise_columns(seen, alpha, n0)[:, 2]
-    # A step's midpoint errs by 1/(24·n0²) of the last step's share, 1% of 5%; the rest are cells of 12 steps.
+    # The midpoint rule errs by 1/(24·n0²) = 1% in the last step, whose share is 5%. The rest comes from cells of 12 steps.
     np.testing.assert_allclose(found, expected, rtol=5e-3)
 
 
@@ -89,7 +91,7 @@ def test_slopes_are_those_of_the_columns():
         np.testing.assert_allclose(mine, change[:, column], rtol=1e-6, atol=1e-8 * np.abs(mine).max())  # central differences: h²
 
 
-def test_without_noise_loss_is_a_function_of_tau_alone():
+def test_without_noise_the_loss_depends_on_tau_alone():
     values = [3.0, 0.5, 0.0, 0.5, 1.0]
     curves = planted(laws.noise_law, values)
     for one in curves.values():
@@ -99,7 +101,7 @@ def test_without_noise_loss_is_a_function_of_tau_alone():
 
 
 def test_multi_power_without_decay_is_a_power_law():
-    """At a constant rate, once the warm-up is forgotten, what remains of the sum is the constant 0 - η·B."""
+    """At a constant rate, once the warm-up is forgotten, the sum is the constant peak rate. Control: a drop in rate is seen."""
     one = curve(rates()['constant'])
     columns = laws.multi_power_columns(one, 0.5, 1e9, 0.6, 0.65)
     np.testing.assert_allclose(columns[:, 2], PEAK, rtol=1e-3)  # G(∞) = 1 up to x^(-β) = 1e-4
@@ -107,13 +109,13 @@ def test_multi_power_without_decay_is_a_power_law():
 
 
 def test_noise_at_a_constant_rate_grows_as_the_logarithm_of_time():
-    """With α → 0, θ is τ and the integral is closed: c·η·ln(1 + t/n0)."""
+    """For α → 0, θ is τ and the integral is known: η·ln(1 + t/n0)."""
     one = curve(rates()['constant'])
     np.testing.assert_allclose(laws.noise_columns(one, 1e-9, 3.0)[:, 2], PEAK * np.log1p(one.step / 3.0), rtol=1e-6)
 
 
-def test_halving_the_rate_of_everything_is_a_change_of_units():
-    """The law knows no unit of the rate: rates ×10 give the same curves from A·10^α, c·10^(α/2-1) and the same n0."""
+def test_the_unit_of_the_rate_does_not_matter():
+    """Rates ×10 give the same curves with A·10^α, c·10^(α/2-1) and the same n0."""
     one, ten = curve(rates()['cosine']), curve(10 * rates()['cosine'])
     ratio = laws.noise_columns(ten, 0.5, 2.0) / laws.noise_columns(one, 0.5, 2.0)
     np.testing.assert_allclose(ratio, np.broadcast_to([1, 10 ** -0.5, 10 ** 0.75], ratio.shape), rtol=1e-9)
@@ -121,15 +123,15 @@ def test_halving_the_rate_of_everything_is_a_change_of_units():
 
 @pytest.mark.parametrize('law, values', [(laws.noise_law, [3.0, 0.45, 75.0, 0.55, 1.5]),
                                          (laws.multi_power_law, [2.9, 0.5, 400.0, 0.5, 2.0, 0.6, 0.6])])
-def test_fits_find_planted_curves_and_predict_the_one_left_out(law, values):
+def test_fits_predict_the_planted_curve_left_out(law, values):
     curves = planted(law, values, noise=3e-4, warmup=500)
     found = laws.fit(law, [curves[name] for name in FITTED])
     clean = planted(law, values, warmup=500)['linear_end']
     assert laws.errors(found, clean)['mae'] < 3e-4  # a third of the noise of a single evaluation, 1e-3 nats
     if law is laws.noise_law:
-        np.testing.assert_allclose(found.values[:4], values[:4], rtol=0.05)  # n0 counts only as a logarithm
-    wrong = laws.fit(laws.settled_law, [curves[name] for name in FITTED])
-    assert laws.errors(wrong, clean)['mae'] > 5 * laws.errors(found, clean)['mae']  # the control: memory is seen
+        np.testing.assert_allclose(found.values[:4], values[:4], rtol=0.05)  # n0 enters only as a logarithm
+    wrong = laws.fit(laws.memoryless_law, [curves[name] for name in FITTED])
+    assert laws.errors(wrong, clean)['mae'] > 5 * laws.errors(found, clean)['mae']  # control: a law without memory cannot fit
 
 
 def test_rates_between_evaluations():
@@ -146,43 +148,70 @@ def test_rates_between_evaluations():
 def test_unusable_curves_are_refused_by_name(change, message):
     columns = {'step': np.arange(1, 51), 'lr': np.full(50, PEAK), 'loss': np.ones(50)} | change
     with pytest.raises(LogError, match=f'mine.*{message}'):
-        laws.make_curve('mine', **columns)
+        schedule_curves.make_curve('mine', **columns)
 
 
-def test_command_on_a_folder_of_csv_files(tmp_path, monkeypatch, capsys):
+def test_command_on_a_folder_of_csv_files(tmp_path, capsys):
     for name, one in planted(laws.noise_law, [3.0, 0.45, 75.0, 0.55, 1.5], noise=3e-4, warmup=500, every=200).items():
         pd.DataFrame({'step': one.step, 'lr': one.lr, 'loss': one.loss}).to_csv(tmp_path / f'{name}.csv', index=False)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['schedule_laws', *map(str, arguments)])
-        commands.run(laws.main)
-
-    call(tmp_path, '--fit', *FITTED, '--warmup', 500, '--json', '--out', tmp_path / 'figure.png')
+    figure = tmp_path / 'figure.png'
+    beyond_commands.schedule_laws([str(tmp_path), '--fit', *FITTED, '--warmup', '500', '--json', '--out', str(figure)])
     result = json.loads(capsys.readouterr().out)
     assert [row['curve'] for row in result['unseen']] == ['linear_end'] * 3
-    assert result['mean']['noise law']['mae'] < 1e-3 and (tmp_path / 'figure.png').stat().st_size > 10_000
-    with pytest.raises(SystemExit) as stopped:
-        call(tmp_path, '--fit', 'cosine', 'nosuch')
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count('\n') == 1 and 'nosuch' in said and 'linear_end' in said
+    assert result['mean']['noise law']['mae'] < 1e-3 and figure.stat().st_size > 10_000
+    with pytest.raises(LogError, match='--fit cosin: no such curve; .*linear_end.* did you mean cosine?'):
+        beyond_commands.schedule_laws([str(tmp_path), '--fit', 'constant', 'cosin'])
+    with pytest.raises(LogError, match='--fit: name two or three curves of constant'):  # none is called const and linear
+        beyond_commands.schedule_laws([str(tmp_path)])
 
 
-def test_a_log_gives_one_curve_a_schedule():
-    table = planted_schedules(np.random.default_rng(0), evals=60)
-    if table['num_params'].nunique() > 1:
-        with pytest.raises(LogError, match='num_params'):
-            laws.from_table(table)
-        table = table[table['num_params'] == table['num_params'].min()]
-    curves = laws.from_table(table)
-    assert len(curves) == table.groupby(['schedule', 'decay_frac', 'T']).ngroups if 'T' in table else len(curves) > 1
+def with_seeds_and_horizons():
+    """A planted log with all of one model's schedules at 20,000 steps, two seeds of some, and two schedules at half of it."""
+    table = planted_schedules(np.random.default_rng(0), evals=60, noise=0)
+    large, small = (table[table['num_params'] == p] for p in (1e7, 1e6))
+    small = small[small['schedule'].isin(['const', 'linear'])]
+    again = large[large['schedule'] == 'linear'].assign(seed=1.0)
+    again = again.assign(run='again-' + again['run'], test_loss=again['test_loss'] + 0.01)
+    short = large[large['schedule'].isin(['const', 'linear']) & (large['decay_frac'] == 1)]
+    short = short.assign(run='short-' + short['run'], step=short['step'] / 2, tokens=short['tokens'] / 2, T=short['T'] / 2)
+    return logs.tidy(pd.concat([small, large, again, short], ignore_index=True))
 
 
-PUBLISHED = {25: (0.9988, 0.00376, 0.00465, 0.00409), 100: (0.9983, 0.00435, 0.00592, 0.00583)}  # Luo et al.: R², MAE, RMSE, worst
+def test_a_log_of_several_models_seeds_and_horizons_gives_curves():
+    """The model with the most curves is used, seeds are averaged, and only other horizons have their steps in the name."""
+    table = with_seeds_and_horizons()
+    curves, notes = schedule_curves.from_table(table)
+    assert set(curves) == {'const', 'const_10000', 'linear', 'linear_0.2', 'linear_10000', 'cosine', 'cosine_0.2', 'quadratic',
+                           'quadratic_0.2'}
+    assert len(notes) == 3 and '10000000 parameters' in notes[0] and '1 to 2' in notes[1] and '20000 steps' in notes[2]
+    one_seed = table[(table['num_params'] == 1e7) & (table['seed'] == 0)]
+    alone, _ = schedule_curves.from_table(one_seed)
+    np.testing.assert_allclose(curves['linear'].loss, alone['linear'].loss + 0.005, rtol=1e-12)
+    np.testing.assert_array_equal(curves['cosine'].loss, alone['cosine'].loss)
+
+
+def test_a_log_of_several_peak_rates_is_refused():
+    table = with_seeds_and_horizons()
+    table.loc[table['run'].str.startswith('short-'), 'peak_lr'] = 2e-3
+    with pytest.raises(LogError, match='peak_lr 0.001, 0.002: choose one with --where peak_lr='):
+        schedule_curves.from_table(table)
+
+
+def test_the_shipped_log_needs_no_options(capsys):
+    """logs/laptop_mlp_schedules.parquet has three models, two seeds and three horizons."""
+    beyond_commands.schedule_laws(['logs/laptop_mlp_schedules.parquet', '--json'])
+    result = json.loads(capsys.readouterr().out)
+    assert result['fitted'] == ['const', 'linear'] and {row['curve'] for row in result['unseen']} > {'cosine', 'multicosine_0.2'}
+    assert result['mean']['noise law']['r2'] > 0.9
+
+
+# R², MAE, RMSE and worst relative error of the Multi-Power Law in Luo et al. (2025), by millions of parameters.
+PUBLISHED = {25: (0.9988, 0.00376, 0.00465, 0.00409), 100: (0.9983, 0.00435, 0.00592, 0.00583)}
 
 
 @pytest.mark.parametrize('size', PUBLISHED)
-def test_published_errors_of_the_multi_power_law_and_ours_below(published, size):
-    curves = laws.read_csv(published / f'llm_curves/{size}', without=24000)
+def test_published_errors_of_the_multi_power_law_are_reproduced_and_ours_are_lower(published, size):
+    curves = schedule_curves.read_csv(published / f'llm_curves/{size}', without=24000)
     fitted = ['cosine_24000', 'constant_24000', 'wsdcon_9']
     chosen = [curves[name] for name in fitted]
     means = [pd.DataFrame([laws.errors(one, curves[name]) for name in curves if name not in fitted]).mean()

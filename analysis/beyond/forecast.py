@@ -4,8 +4,8 @@
     python -m figures forecast LOG --target each [--seen 0.3]            every larger model from every set of smaller ones
     python -m figures forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
 
-The statistical model is in ladder_field.py. This file has the targets, two baselines, and the errors of a forecast whose target is in
-the log. Errors are relative to the target's reducible loss L - L0. L0 is that of the scaling law through the whole log, target
+The statistical model is in ladder_field.py. This file has the targets, two baselines, and the errors of a forecast whose target is
+in the log. Errors are relative to the target's reducible loss L - L0. L0 is that of the scaling law through the whole log, target
 included, so that a forecast is not judged by its own L0.
 """
 
@@ -82,7 +82,8 @@ def split(ladder, p, largest_p=np.inf, seen=0.0, tokens=None):
     p = nearest_model(ladder, p)
     smaller = (ladder.p < p * 0.999) & (ladder.p <= largest_p)
     if smaller.sum() < 3:
-        raise LogError(f'{smaller.sum()} models are smaller than the target with {p:.6g} parameters; a forecast needs at least three')
+        raise LogError(f'{smaller.sum()} models are smaller than the target with {p:.6g} parameters; a forecast needs at least '
+                       'three')
     small = ladder_field.select(ladder, smaller)
     if p not in ladder.p:
         if seen:
@@ -103,7 +104,7 @@ def split(ladder, p, largest_p=np.inf, seen=0.0, tokens=None):
 def posterior_curves(ladder, compute, observed=None, seeds=1, rng_seed=0, scales=None):
     """ladder_field.Draws for T targets at compute [T] FLOPs.
 
-    observed [T, K]: see ladder_field.build_field. scales [S, 6]: of an earlier call of ladder_field.sample_scales, to save its time.
+    observed [T, K]: see ladder_field.build_field. scales [S, 6]: from ladder_field.sample_scales, to save the time of sampling.
     """
     rng = np.random.default_rng(rng_seed)
     field = ladder_field.build_field(ladder, np.asarray(compute, float), observed, seeds)
@@ -214,8 +215,8 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
         draws = change_schedule(table[table['num_params'].isin(small.p)], target, draws, small.grid, schedule, alpha, spread, times)
         target, curves = target._replace(truth=None, compute=target.compute * times), {}
         variation = 'include' if np.isfinite(spread) else 'do not include, as there is one run only,'
-        notes.append(f'the forecast is for the {schedule} schedule, from constant-rate curves; its bands {variation} the variation of α '
-                     'over the runs of --pairs; the budgets are for the constant rate')
+        notes.append(f'the forecast is for the {schedule} schedule, from constant-rate curves; its bands {variation} the variation '
+                     'of α over the runs of --pairs; the budgets are for the constant rate')
     notes += _warnings(small, target, schedule)
     band = bands(draws.loss[:, 0])
     result = {'x': small.grid, **band, 'final': float(band['mean'][-1]),
@@ -245,13 +246,12 @@ def _warnings(ladder, target, schedule):
     """Notes on what the forecast of a target rests on."""
     notes, ratio, span = [], target.compute / ladder.compute[-1], ladder.compute[-1] / ladder.compute[0]
     if ratio > min(span, MAX_COMPUTE_RATIO):
-        notes.append(f'the target has {ratio:.3g} times the compute of the largest model of the ladder, and the ladder spans a factor of '
-                     f'{span:.3g}: do not trust the bands of an extrapolation beyond the ladder\'s own span or a factor of '
-                     f'{MAX_COMPUTE_RATIO}')
+        notes.append(f'the target has {ratio:.3g} times the compute of the largest model, and the ladder spans a factor of '
+                     f'{span:.3g}: do not trust the bands beyond the ladder\'s own span, or beyond a factor of {MAX_COMPUTE_RATIO}')
     rule = optimal_compute(ladder, target.p)
     if not schedule and abs(target.compute / rule - 1) > 0.05:
-        notes.append(f'the target\'s {target.compute:.4g} FLOPs are {target.compute / rule:.3g} times the horizon that the ladder gives '
-                     'its size; the forecast is for a compute-optimal run of that compute')
+        notes.append(f'the target\'s {target.compute:.4g} FLOPs are {target.compute / rule:.3g} times the horizon that the ladder '
+                     'gives its size; the forecast is for a compute-optimal run of that compute')
     if all(len(L) == 1 for L in ladder.losses):
         notes.append('one seed a model: the size of the noise is inferred from the scatter among models')
     if not np.isclose(ladder.x[0], ladder_field.KNOTS[0]):

@@ -13,8 +13,8 @@ Write u = log C* and let L0 be the irreducible loss. One run of a model is
   is smooth in log x and a trend plus a random walk in u. The other part is transient: it is rough and largest at small x.
 - noise is the variation of one run. A run of the same model with another seed shares part of it, as both see the same batches.
 
-w and the transient part of d are corrections to scaling: the steps of their random walks shrink like C*^(-FADING_EXPONENT), because
-the paper finds that the curves approach a common limit. The lasting part of d is needed beside them: a wrong L0 also bends the curves
+w and the transient part of d are corrections to scaling: the steps of their random walks shrink like C*^(-FADING_EXPONENT), as the
+paper finds that the curves approach a common limit. The lasting part of d is needed beside them: a wrong L0 also bends the curves
 smoothly, and would otherwise take the blame for every smooth drift.
 
 Given L0 and five other parameters, everything above is jointly Gaussian, so a forecast is a conditional distribution. Conditioning
@@ -325,6 +325,7 @@ def draw_curves(field, rng, scales, curves_per_scale=4):
     deviation = z - np.stack([np.interp(knots, grid, one) for one in mean_curve])[:, None]
     deviation = deviation[..., right - 1] * (1 - part) + deviation[..., right] * part
 
-    white_noise = np.sqrt(given.white_variance)[..., None] * ladder.grid ** given.tilt[:, None, None] * rng.normal(size=deviation.shape)
+    white_sd = np.sqrt(given.white_variance)[..., None] * ladder.grid ** given.tilt[:, None, None]
+    white_noise = white_sd * rng.normal(size=deviation.shape)
     reducible = inverse_link(mean_curve[:, None] + deviation, L0, ladder.initial_loss, kappa) * np.exp(white_noise)
     return Draws(L0, L0[:, None, None] + reducible)

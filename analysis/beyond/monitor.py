@@ -132,7 +132,7 @@ def follow(ladder_log, p, compute):
 
 
 def analyse(table, ladder_table, tokens=None, level=None):
-    """The state of a run so far as a dict. tokens: its horizon, if the run does not say. level: from `alarm_level`, if known."""
+    """The state of a run so far as a dict. tokens: its horizon, if it does not say. level: from `alarm_level`, if known."""
     logs.require(table, ['num_params', 'compute', 'test_loss'], 'watching a run')
     p = float(table['num_params'].iloc[-1])
     ladder = ladder_field.read_ladder(ladder_table)
@@ -156,8 +156,8 @@ def analyse(table, ladder_table, tokens=None, level=None):
 def read_finished(table, ladder):
     """Readings of every finished run of a table against a ladder. A run that is in the ladder is first taken out of it.
 
-    The scales are sampled once, from the whole ladder: leaving out one run hardly changes them, and sampling takes most of the time.
-    Half of the sample suffices. A run is skipped if fewer than three models are left without it.
+    The scales are sampled once, from the whole ladder: leaving out one run hardly changes them, and sampling is the slow part. Half
+    of the sample suffices. A run is skipped if fewer than three models are left without it.
     """
     readings, expected, horizons = [], {}, scaling_law.horizon_of(table)
     field = ladder_field.build_field(ladder, ladder.compute[-1:])

@@ -51,8 +51,8 @@ def make_curve(name, step, lr, loss, warmup=0):
     pieces = int(np.clip(CELLS_PER_CURVE // len(step), 1, MAX_CELLS_PER_EVALUATION))
     middle = (np.arange(pieces) + 0.5) / pieces   # of each cell, as a share of the way to the next evaluation
     cells = WARMUP_CELLS if warmup else 0
-    rate = [lr[0] * (i + 0.5) / cells for i in range(cells)]
-    width = [warmup / cells] * cells
+    rate = [lr[0] * (i + 0.5) / WARMUP_CELLS for i in range(cells)]
+    width = [warmup / WARMUP_CELLS] * cells
     row = []
     for i, start in enumerate(np.append(warmup, step[:-1])):
         if step[i] > start:

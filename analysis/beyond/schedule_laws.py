@@ -7,10 +7,10 @@ Both laws see only the learning rates and have the form
 where N(t) is the noise that past steps have left behind. N forgets old steps, and the laws differ in how it does.
 
 `noise_law` is this project's own. It is the noise model of Qiu et al. (2025) §3.2 under Adam, with Tr Σ modelled from the curve.
-Equation 11 gives the excess loss ½ ∫ η Tr(H e^(-2H(τ-s)) Σ) ds, with H and Σ preconditioned by P = 1/√v. Two assumptions close it:
+Equation 11 gives the excess loss ½ ∫ η Tr(H e^(-2H(τ-s)) Σ) ds, with H and Σ preconditioned by P = 1/√v. It needs two assumptions:
 
-1. v is the mean square of the gradients and mostly noise. By eq. 17 it is proportional to the reducible loss, so √v ∝ τ^(-α/2). Then
-   the noise of Adam's steps does not change during training (P^½ΣP^½ ∝ √v), and the curvature acts in the rescaled time
+1. v is the mean square of the gradients and mostly noise. By eq. 17 it is proportional to the reducible loss, so √v ∝ τ^(-α/2).
+   Then the noise of Adam's steps does not change during training (P^½ΣP^½ ∝ √v), and the curvature acts in the rescaled time
    dθ = dτ/√v, so θ ∝ τ^(1+α/2).
 2. The curvatures are spread evenly over the decades up to a largest one. At the edge of stability the step size bounds the largest
    curvature, so it relaxes within a fixed number n0 of steps. The sum of exponentials over this spectrum is 1/(θ - θ').
