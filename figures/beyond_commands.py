@@ -143,8 +143,8 @@ def _watch_lines(result):
         return [f'x = {result["now"]:.3f}: nothing to compare yet; the ladder begins at x = {result["expected"].x[0]:g}']
     out = [f'{"x":>5} {"residual":>9}   90% band             p-value']
     for i in np.unique(np.linspace(0, len(result['x']) - 1, 8).astype(int)):
-        out.append(f'{result["x"][i]:5.2f} {result["residual"][i]:+9.2%}   [{result["lo90"][i]:+7.2%}, {result["hi90"][i]:+7.2%}]   '
-                   f'{result["p_value"][i]:.1e}')
+        x, residual, low, high, p_value = (result[name][i] for name in ('x', 'residual', 'lo90', 'hi90', 'p_value'))
+        out.append(f'{x:5.2f} {residual:+9.2%}   [{low:+7.2%}, {high:+7.2%}]   {p_value:.1e}')
     off = np.isfinite(result['alarm'])
     out.append(f'ALARM: off its ladder from x = {result["alarm"]:.3g} (p-value below {result["level"]:.2g})' if off else 'on track')
     out.append(f'x = {result["now"]:.3f}: loss {result["loss"]:.5g}, forecast of the final loss {result["forecast"]:.5g} '
