@@ -1,7 +1,7 @@
-"""Scaling collapse: normalised loss curves, their spread Δ between and within models, the noise floor σ, the verdict.
+"""Scaling collapse: normalised loss curves, their collapse tolerance Δ, the noise floor σ, and the onset of supercollapse.
 
-Qiu et al. (2025) §2.3-2.5, eqs. 1-4, and §3.3, eq. 24 for the predicted quality. A curve is normalised by its own compute
-C* and its own final reducible loss; the floor L0 comes from scaling_law.py and its uncertainty is carried through.
+Qiu et al. (2025) §2.3-2.5, eqs. 1-4, and §3.3, eq. 24 for the predicted quality. A curve is normalised by its own compute C* and
+its own final reducible loss. The irreducible loss L0 comes from scaling_law.py, and its uncertainty enters Δ, σ and the onset.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ GRID = np.arange(1, 101) / 100  # normalised compute x
 
 
 class Curves(NamedTuple):
-    """A ladder's loss curves at common normalised compute, model by model."""
+    """The loss curves of a scaling ladder at common normalised compute, ordered by model."""
     x: np.ndarray        # [K] C/C*, increasing, the last is 1
-    loss: np.ndarray     # [R, K] one row a run
+    loss: np.ndarray     # [R, K] one row for each run
     model: np.ndarray    # [R] index into p
     p: np.ndarray        # [M] parameters, increasing
     run: list            # R run names
@@ -27,8 +27,8 @@ class Curves(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Variation of a collapse at each x."""
-    mean: np.ndarray     # [K] normalised curve, every model counting alike
+    """Variation of the normalised curves at each x."""
+    mean: np.ndarray     # [K] normalised curve, with the same weight for every model
     delta: np.ndarray    # [K] collapse tolerance Δ, eq. 2
     between: np.ndarray  # [K] share of Δ between models: V_p E_ω of eq. 4, as a relative deviation
     within: np.ndarray   # [K] share of Δ within a model: E_p V_ω of eq. 4; between² + within² = delta² for ddof 0
@@ -36,20 +36,20 @@ class Spread(NamedTuple):
 
 
 def ladder(table):
-    """The table, checked to be one scaling ladder: one schedule, one tag, one horizon a model. LogError otherwise."""
+    """The table, if it is one scaling ladder: one schedule, one tag, one horizon per model. Raises LogError otherwise."""
     require(table, ['num_params', 'compute', 'test_loss'], 'a collapse')
     ends = runs(table)
     for column in ('schedule', 'decay_frac', 'tag', 'match_mup_at_D'):
         values = ends[column].dropna().unique() if column in ends else []
         if len(values) > 1:
-            raise LogError(f'a collapse compares runs that differ in size and seed alone, and the log has {column} '
+            raise LogError(f'a collapse compares runs that differ in size and seed only, and the log has {column} '
                            f'{", ".join(map(str, sorted(values)))}; choose one with --where {column}=…')
-    for column in ('peak_lr', 'B', 'N', 'L'):  # a rule may scale them with size; a peak read off sparse rates is not exact
+    for column in ('peak_lr', 'B', 'N', 'L'):  # they may depend on the size; a peak rate taken from the column lr is approximate
         by_model = ends.groupby('num_params')[column] if column in ends else None
         if by_model is not None and (by_model.max() / by_model.min()).max() > 1.1:
             p = (by_model.max() / by_model.min()).idxmax()
             values = ends.loc[ends['num_params'] == p, column].dropna().unique()
-            raise LogError(f'a collapse compares runs that differ in size and seed alone, and the model with {p:.4g} parameters '
+            raise LogError(f'a collapse compares runs that differ in size and seed only, and the model with {p:.4g} parameters '
                            f'has {column} {", ".join(f"{one:g}" for one in sorted(values))}; choose one with --where {column}=…')
     horizon = scaling_law.horizon_of(table)
     by_model = horizon.groupby(ends['num_params'])
@@ -62,7 +62,7 @@ def ladder(table):
 
 
 def curves(table, x=GRID):
-    """Losses of every run at x·C*, interpolated in (log C, log L); x is cut to where every run has data."""
+    """Curves with the loss of every run at x·C*, interpolated in (log C, log L), for the x at which every run has data."""
     table = ladder(table)
     ends, horizon = runs(table), scaling_law.horizon_of(table)
     positive = table[table['compute'] > 0]
@@ -76,7 +76,7 @@ def curves(table, x=GRID):
     for run, rows in positive.groupby('run', sort=False):
         at = x * horizon[run]
         C = rows['compute'].to_numpy()
-        at[-1] = min(at[-1], C[-1])  # C* of a run that stops one evaluation short of it
+        at[-1] = min(at[-1], C[-1])  # a run may end on the last whole step before C*
         names.append(run)
         model.append(np.searchsorted(p, ends.at[run, 'num_params']))
         loss.append(scaling_law.loss_at(rows, at))
@@ -89,10 +89,10 @@ def curves(table, x=GRID):
 
 
 def normalise(curves, L0, by='own'):
-    """ℓ [R, K] = (L(x) - L0)/(L(1) - L0), eq. 1; `by` is whose L(1): the run's 'own', or the 'expected' one, the mean of
-    its model's seeds (§3.3: that undoes the cancellation of the seeds' shared noise).
+    """ℓ [R, K] = (L(x) - L0)/(L(1) - L0), eq. 1.
 
-    L0 may carry leading axes. Raises LogError unless L0 is below every final loss.
+    L(1) is the run's own with by='own'. With by='expected' it is the mean over the seeds of the model; the noise that a run shares
+    with its own end then does not cancel (§3.3). L0 may have leading axes. Raises LogError unless L0 is below every final loss.
     """
     L0 = np.asarray(L0, float)
     if not (L0 < curves.loss[:, -1].min()).all():
@@ -105,17 +105,17 @@ def normalise(curves, L0, by='own'):
 
 
 def _weights(model):
-    """(weight of each run [R], so that every model counts alike; averaging matrix [M, R] over a model's seeds)."""
+    """(weight of each run [R] that gives every model the same weight, matrix [M, R] that averages over the seeds of a model)."""
     count = np.bincount(model)
     average = (model[None] == np.arange(len(count))[:, None]) / count[:, None]
     return average.sum(0) / len(count), average
 
 
 def spread(curves, L0, ddof=0, by='own', weight=None):
-    """Δ, σ and the split of Δ² between and within models (eqs. 2-4), as a Spread.
+    """The Spread of the curves: Δ, σ and the parts of Δ² between and within models (eqs. 2-4).
 
-    ddof 0 is the variance of the runs at hand, as published; ddof 1 estimates that of the population (σ rises by 12% with
-    five seeds). `weight` [R] recounts the runs of a model (a bootstrap draw); leading axes of L0 and weight broadcast.
+    ddof 0 divides by the number of runs, as published. ddof 1 estimates the variance of the population; with five seeds it raises σ
+    by 12%. `weight` [R] counts each run so many times (a bootstrap draw). Leading axes of L0 and weight broadcast.
     """
     ell = normalise(curves, L0, by)                                            # [..., R, K]
     count = np.ones(len(curves.model)) if weight is None else np.asarray(weight, float)
@@ -130,19 +130,18 @@ def spread(curves, L0, ddof=0, by='own', weight=None):
     between = np.maximum((model_mean ** 2).mean(-2) - mean ** 2, 0)            # V_p E_ω
     within = inner.mean(-2)                                                    # E_p V_ω
     total = between + within
-    factor = R / (R - ddof) if R > ddof else np.nan
     reducible = curves.loss - np.asarray(L0, float)[..., None, None]
     level, square = average @ reducible, average @ reducible ** 2
     with np.errstate(invalid='ignore', divide='ignore'):
-        bessel = np.where(seeds > 1, seeds / (seeds - ddof), np.nan)           # one seed has no noise floor
+        bessel = np.where(seeds > 1, seeds / (seeds - ddof), np.nan)           # NaN: one seed gives no noise floor
         sigma = np.sqrt(np.maximum(square - level ** 2, 0) * bessel) / level
-        return Spread(mean, np.sqrt(total * factor) / mean, np.sqrt(between) / mean, np.sqrt(within) / mean, sigma)
+        return Spread(mean, np.sqrt(total) * _pooled(ddof, R) / mean, np.sqrt(between) / mean, np.sqrt(within) / mean, sigma)
 
 
 def onset(x, delta, sigma):
-    """Smallest x from which Δ < σ at every later x < 1, or NaN. Δ(1) = 0 by construction, so x = 1 alone is no evidence.
+    """The smallest x from which on Δ < σ at every x < 1, or NaN. delta and sigma [..., K].
 
-    delta and sigma [..., K]; NaN in sigma (one seed) gives NaN too, as nothing can be told.
+    x = 1 does not count, because Δ(1) = 0 by construction. NaN in sigma (one seed) gives NaN.
     """
     below = (delta < sigma)[..., :-1]
     from_here = np.flip(np.logical_and.accumulate(np.flip(below, -1), -1), -1)
@@ -153,17 +152,17 @@ def onset(x, delta, sigma):
 class Verdict(NamedTuple):
     mean: float            # x from which Δ < σ averaged over models, NaN if never
     every_model: float     # x from which Δ < σ of every model, NaN if never
-    worst_model: dict      # the model whose mean normalised curve departs most, and by how much
-    worst_run: dict        # the run that departs most from its own model
+    worst_model: dict      # the model whose mean normalised curve is farthest from the mean of all, and how far
+    worst_run: dict        # the run that is farthest from its own model, and how far
 
 
 def verdict(curves, result, L0):
-    """Where supercollapse begins, by both readings of the paper (§2.5), and who departs most.
+    """The Verdict: the onset of supercollapse by both readings of the paper (§2.5), and the model and run farthest from the mean.
 
-    Departures are root mean squares over 0.1 <= x < 1 of the relative distance to the mean normalised curve.
+    A distance is the root mean square over 0.1 <= x < 1 of the relative difference to the mean normalised curve.
     """
     average_floor, lowest_floor = result.sigma.mean(0), result.sigma.min(0)
-    if len(curves.p) < 2:  # one model collapses onto itself: no verdict
+    if len(curves.p) < 2:  # one model cannot show a collapse across models
         average_floor = lowest_floor = np.full_like(result.delta, np.nan)
     late = (curves.x >= 0.1) & (curves.x < 1)
     ell = normalise(curves, L0)
@@ -182,7 +181,7 @@ def verdict_in_words(result):
         return 'supercollapse cannot be decided: one model'
     if min(result['seeds_per_model']) < 2:
         return 'supercollapse cannot be decided: ' + (
-            'one seed a model' if max(result['seeds_per_model']) < 2 else 'a model with one seed has no noise floor σ')
+            'one seed per model' if max(result['seeds_per_model']) < 2 else 'a model with one seed has no noise floor σ')
     x = result['supercollapse_from']
     if np.isnan(x):
         return 'no supercollapse: averaged over models, Δ is not below σ up to the end of training'
@@ -190,19 +189,19 @@ def verdict_in_words(result):
 
 
 class Uncertainty(NamedTuple):
-    """Draws over seeds and L0 together."""
+    """Bootstrap draws of seeds and L0."""
     L0: np.ndarray         # [S]
     delta: np.ndarray      # [S, K]
     sigma: np.ndarray      # [S, K] mean over models
-    mean: np.ndarray       # [S]    onset, every draw
-    every_model: np.ndarray
+    mean: np.ndarray       # [S] onset, σ averaged over models
+    every_model: np.ndarray  # [S] onset, the smallest σ of any model
 
 
 def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
-    """Resample the seeds within each model; refit L0 to their final losses; recompute Δ, σ and the onset.
+    """Draws of Δ, σ and the onset: seeds are resampled within each model, and L0 is fitted again to resampled final losses.
 
-    The n seeds of a draw show (n-1)/n of the variance of the n at hand: Δ's part within models is stretched back, and the
-    draws of σ are centred on the σ of the runs at hand. None if every model has one seed and L0 is fixed: there is nothing to draw.
+    Resampling n seeds lowers their variance to (n-1)/n. The part of Δ within models is corrected for this, and the draws of σ are
+    scaled to the σ of the log. None if every model has one seed and L0 is fixed, because then nothing varies.
     """
     rng = np.random.default_rng(seed)
     seeds = np.bincount(curves.model)
@@ -216,7 +215,7 @@ def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
         L0 = np.full(draws, fixed_L0)
     draw = [spread(curves, value, ddof, weight=np.concatenate(
         [np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds])) for value in L0]
-    # Drawing with replacement shrinks the variance within models and adds its noise to their means: undo both.
+    # Drawing with replacement lowers the variance within models and adds noise to their means; both are corrected.
     shrink = np.where(seeds > 1, 1 - 1 / seeds, 1).mean()
     within = np.array([one.within for one in draw]) ** 2 / shrink
     between = np.maximum(np.array([one.between for one in draw]) ** 2 - within / seeds.mean() * (seeds.max() > 1), 0)
@@ -231,13 +230,14 @@ def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
 
 
 def _pooled(ddof, R):
+    """Factor from the standard deviation of R runs with ddof 0 to that with `ddof`."""
     return np.sqrt(R / (R - ddof)) if R > ddof else np.nan
 
 
 def predicted_quality(curves, delta, from_x=0.5):
-    """(k·√(η(1-τ̂)) [K], k): eq. 24's shape of Δ, k by least squares for from_x <= x < 1.
+    """(k·√(η(1-τ̂)) [K], k): Δ as predicted by eq. 24, with k by least squares over from_x <= x < 1.
 
-    η is the rate over its peak, τ̂ the gradient-flow time over its end. Raises LogError if the log has no lr and tau.
+    η is the rate over its peak and τ̂ the gradient-flow time over its end. Raises LogError if the log has no lr and tau.
     """
     if not (np.isfinite(curves.lr).all() and np.isfinite(curves.tau).all()):
         raise LogError('the predicted quality of a collapse needs lr (with its peak) and tau, which the log does not have')
@@ -248,9 +248,9 @@ def predicted_quality(curves, delta, from_x=0.5):
 
 
 def analyse(table, L0=None, ddof=0, draws=200):
-    """Everything about one ladder's collapse as a dict: fit, Δ, σ, onset with intervals, sensitivity to L0.
+    """(result, notes): the scaling law, Δ, σ and the onset of supercollapse of one ladder with intervals.
 
-    L0 given (the same units as the loss) is held; otherwise it is fitted, and its uncertainty carried into the rest.
+    A given L0 (in units of the loss) is held. Otherwise L0 is fitted, and its uncertainty is part of the other intervals.
     """
     here = curves(table)
     points = scaling_law.optimal_points(table)
@@ -265,17 +265,17 @@ def analyse(table, L0=None, ddof=0, draws=200):
         draws_law, origin = scaling_law.bootstrap(points, law)
         profile = scaling_law.profile(points)
         if origin == 'residuals':
-            notes.append('one seed a model: intervals of the fit come from its residuals, not from seeds')
+            notes.append('one seed per model: the intervals of the fit come from its residuals, not from seeds')
         if profile is None:
-            notes.append('three models: the fit is exact and says nothing about how well L0 is known')
+            notes.append('three models: the fit is exact, so L0 has no profile interval')
         elif not profile.identifiable:
-            notes.append(f'L0 is not identifiable: anything from {profile.ci[0]:.4g} to {profile.ci[1]:.4g} fits as well')
+            notes.append(f'L0 is not identified: values from {profile.ci[0]:.4g} to {profile.ci[1]:.4g} fit about as well')
     if len(points.p) == 1:
-        notes.append('one model: Δ is the variation of its seeds alone; no verdict on collapse across sizes')
+        notes.append('one model: Δ is the variation over its seeds, and says nothing on a collapse across sizes')
     seeds = np.bincount(here.model)
     if seeds.min() == 1:
-        notes.append(f'{(seeds == 1).sum()} of {len(seeds)} models have one seed: no noise floor σ there, and no verdict '
-                     'on supercollapse')
+        notes.append(f'{(seeds == 1).sum()} of {len(seeds)} models have one seed: they have no noise floor σ, so supercollapse '
+                     'cannot be decided')
     result = spread(here, law.L0, ddof)
     found = verdict(here, result, law.L0)
     random = None
@@ -310,7 +310,7 @@ def _band(draws):
 
 
 def _onset_interval(draws):
-    """Percentile interval of onsets, where a draw without one counts as later than any x; null for 'never'."""
+    """Percentile interval of the onsets. A draw without an onset counts as later than any x, infinity (null in JSON)."""
     ordered = np.sort(np.where(np.isnan(draws), np.inf, draws))
     return [float(ordered[int(round(q * (len(ordered) - 1)))]) for q in ((1 - scaling_law.LEVEL) / 2,
                                                                          (1 + scaling_law.LEVEL) / 2)]

@@ -1,7 +1,7 @@
-"""The compute-optimal horizon C* = (p / scale)^exponent · 1e15 FLOPs, from constant-rate runs trained past it.
+"""The compute-optimal horizon C* = (p / scale)^exponent · 1e15 FLOPs, fitted to constant-rate runs that go beyond it.
 
-Qiu et al. (2025) appendix C, after approach 1 of Hoffmann et al. (2022). `scale` is κ and `exponent` is 1 + γ; the tokens
-are t* = C* / (6p) ∝ p^γ. What is done with the horizon is left to the other modules.
+Qiu et al. (2025) appendix C, after approach 1 of Hoffmann et al. (2022). `scale` is κ and `exponent` is 1 + γ, so that the tokens
+are t* = C* / (6p) ∝ p^γ.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from analysis.scaling_law import interval
 from analysis.table import LogError, require
 
 POINTS_PER_DECADE = 40   # of the common grid of compute
-BANDWIDTH = 0.05         # decades of compute over which a loss curve is smoothed, small beside a model's reign (~0.3)
-WINDOW = 0.4             # decades either side of the tangent point over which its root is fitted
+BANDWIDTH = 0.05         # decades of compute over which a loss curve is smoothed; one model is the best one over some 0.3 decades
+WINDOW = 0.4             # decades on either side of a tangent point that are used to find it
 STAIRCASE = 1000         # points of the envelope in the authors' fit
 ENOUGH_POINTS = 5        # tangent points; with fewer a note says that they are few
 
 
 class Curves(NamedTuple):
-    """Smoothed loss curves of a ladder on a common grid of compute."""
+    """Smoothed loss curves of a scaling ladder on a common grid of compute."""
     compute: np.ndarray  # [G] FLOPs
     p: np.ndarray        # [M] parameters, increasing
     loss: list           # M arrays [seeds, G], NaN outside a run
@@ -29,14 +29,14 @@ class Curves(NamedTuple):
 class Horizon(NamedTuple):
     scale: float
     exponent: float
-    scale_ci: list        # [low, high], or None when there is nothing to resample
+    scale_ci: list        # 90% interval [low, high], or None for two tangent points
     exponent_ci: list
     r2: float             # of log C* on log p
-    p: np.ndarray         # [K] models that gave a tangent point: all but the smallest and the largest
+    p: np.ndarray         # [K] models with a tangent point: at most all but the smallest and the largest
     compute: np.ndarray   # [K] FLOPs at the tangent point
     spread: np.ndarray    # [K] standard error of log C* over the seeds, NaN for one seed
-    seeds: int            # the fewest of any model
-    staircase: dict       # the fit to the envelope's steps, as in the paper: scale, exponent, r2, points
+    seeds: int            # the smallest number of seeds of any model
+    staircase: dict       # scale, exponent, r2 and points of the paper's own kind of fit, see `staircase`
 
 
 def optimal_compute(p, scale, exponent):
@@ -45,14 +45,14 @@ def optimal_compute(p, scale, exponent):
 
 
 def with_horizon(table, scale, exponent):
-    """The table with opt_compute set to the fitted C* of each run's model."""
+    """The table with the fitted C* of each run's model in opt_compute."""
     return table.assign(opt_compute=optimal_compute(table['num_params'], scale, exponent))
 
 
 def at_horizon(table):
-    """The constant-rate runs with C* known: as in the log if it has it for every run, else from the fit to these runs.
+    """The constant-rate runs of the table with C* in opt_compute: from the log if every run has it, else from a fit to these runs.
 
-    Runs that end before their C* are for `clean` to leave out.
+    `clean` then leaves out the runs that end before their C*.
     """
     table, _ = constant_rate(table)
     if 'opt_compute' in table and table['opt_compute'].notna().all():
@@ -62,22 +62,22 @@ def at_horizon(table):
 
 
 def constant_rate(table):
-    """(the constant-rate runs, a note if others were left out). LogError if a log that knows its schedules has none."""
+    """(the constant-rate runs, notes). Raises LogError if the log has schedules and none is constant."""
     require(table, ['num_params', 'compute', 'test_loss'], 'the horizon fit')
     if 'schedule' not in table or table['schedule'].isna().all():
-        return table, ['the log does not say which schedule its runs had; all are taken as constant-rate runs']
+        return table, ['the log has no schedules; all runs are taken as constant-rate runs']
     kept = table[table['schedule'] == 'const']
     if not len(kept):
         found = ', '.join(sorted(table['schedule'].dropna().unique()))
-        raise LogError(f'the horizon is read off constant-rate runs, and the log has none (schedules: {found})')
+        raise LogError(f'the horizon fit needs constant-rate runs, and the log has none (schedules: {found})')
     left = table['run'].nunique() - kept['run'].nunique()
     return kept, [f'{left} runs with a decaying rate left out'] if left else []
 
 
 def smooth_curves(table, lowest=None, highest=None):
-    """Every run's log-loss, smoothed over BANDWIDTH decades, on a log grid of compute (FLOPs) between the bounds.
+    """Curves with the loss of every run, smoothed over BANDWIDTH decades, on a log grid of compute between the bounds (FLOPs).
 
-    Smoothing is a local line in log C with a Gaussian kernel, so that it neither bends nor shifts a power law.
+    The log-loss is smoothed by local linear regression on log C with a Gaussian kernel, which leaves a power law unchanged.
     """
     table = table[table['compute'] > 0]
     low = np.log10(lowest or table['compute'].min())
@@ -94,7 +94,7 @@ def smooth_curves(table, lowest=None, highest=None):
 
 
 def _local_line(x, y, grid):
-    """Local linear regression of y on x at `grid`, NaN outside x; where evaluations are sparse it interpolates."""
+    """[G] local linear regression of y on x at `grid`; linear interpolation where evaluations are sparse, NaN outside x."""
     inside = (grid >= x[0]) & (grid <= x[-1])
     distance = grid[:, None] - x                                              # [G, n]
     weight = np.exp(-0.5 * (distance / BANDWIDTH) ** 2)
@@ -108,7 +108,7 @@ def _local_line(x, y, grid):
 
 
 def envelope(curves, loss=None):
-    """The compute-optimal frontier on the grid: (loss [G], index of the best model [G], -1 where no run has data)."""
+    """(smallest loss of any model [G], index of that model [G], -1 where no run has data)."""
     loss = np.stack([L.mean(0) for L in curves.loss]) if loss is None else loss
     known = np.isfinite(loss).any(0)
     filled = np.where(np.isfinite(loss), loss, np.inf)
@@ -116,12 +116,12 @@ def envelope(curves, loss=None):
 
 
 def tangent_points(curves, loss=None):
-    """log C* where each model's curve touches the envelope, NaN for the two ends and where it cannot be told.
+    """[..., M] log C* where the curve of each model touches the envelope. NaN for the smallest and the largest model.
 
-    loss [..., M, G], by default the seed means of the curves; returns [..., M]. At fixed compute the optimal model has
-    dL/dp = 0 (Qiu et al. appendix E). For model i the derivative of log L with respect to log p is taken through it and its
-    two neighbours; it falls with compute, and a parabola through it around its change of
-    sign gives the root (a line would be off by W²/12 in log C for µ = ½ and a window of W nats either side).
+    loss [..., M, G] is by default the seed mean of the curves. At fixed compute the optimal model has dL/dp = 0 (Qiu et al.
+    appendix E). The derivative of log L with respect to log p is taken through the model and its two neighbours. It falls with
+    compute, and the root of a parabola fitted around its change of sign is C*; NaN if there is none. A line would be off by W²/12
+    in log C, for µ = ½ and a window of W nats on either side.
     """
     loss = np.stack([L.mean(0) for L in curves.loss]) if loss is None else loss
     u, x = np.log(curves.p), np.log10(curves.compute)
@@ -135,7 +135,7 @@ def tangent_points(curves, loss=None):
 
 
 def _falling_root(x, slope):
-    """Where slope [..., G], falling and noisy, crosses zero along x [G]; NaN where it does not or the ends are reached."""
+    """[...] x at which slope [..., G], falling and noisy, crosses zero along x [G]. NaN if it does not do so inside the data."""
     known = np.isfinite(slope)
     slope = np.where(known, slope, 0)
     crosses = (slope > 0).any(-1) & (slope < 0).any(-1)
@@ -152,7 +152,7 @@ def _falling_root(x, slope):
         right = np.stack([value.sum(-1), (value * z1).sum(-1), (value * z2).sum(-1)], -1)
         level, tilt, _ = np.moveaxis(np.linalg.solve(normal, right[..., None])[..., 0], -1, 0)
         crosses &= tilt < 0
-        # Half a window a turn at most: a root far outside the fitted stretch would be an extrapolation.
+        # At most half a window per iteration, because a root far outside the fitted window is an extrapolation.
         step = np.clip(np.divide(-level, tilt, out=np.zeros_like(level), where=crosses), -0.5, 0.5)
         centre = centre + WINDOW * step
     first = np.where(known, x, np.inf).min(-1)
@@ -205,7 +205,7 @@ def notes(curves, found):
 
 
 def _line_fit(log_p, log_compute):
-    """scale, exponent, r2 of log C* = exponent·(log p - log scale) + log 1e15 by least squares."""
+    """(scale, exponent, R²) of log C* = exponent·(log p - log scale) + log 1e15 by least squares."""
     x, y = log_p - log_p.mean(), log_compute - log_compute.mean()
     exponent = (x * y).sum() / (x ** 2).sum()
     scale = np.exp(log_p.mean() - (log_compute.mean() - np.log(PETA)) / exponent)
@@ -214,12 +214,11 @@ def _line_fit(log_p, log_compute):
 
 
 def fit(curves, draws=400, seed=0):
-    """Horizon from the tangent points of all models but the smallest and the largest, with 90% intervals.
+    """The Horizon from the tangent points of the models, with 90% intervals.
 
-    Each draw resamples the seeds within every model (deviations stretched by √(n/(n-1)), as n seeds show only (n-1)/n of
-    their variance) and adds to each tangent point the scatter among models that the seeds leave unexplained. Resampling
-    the points themselves as well would count the seeds' noise twice: 98 to 100% coverage, measured.
-    Raises LogError if fewer than two models have a tangent point; the intervals need three.
+    A draw resamples the seeds of every model, with deviations multiplied by √(n/(n-1)) as in scaling_law.py. It adds to each
+    tangent point the scatter among models that the seeds do not explain. The tangent points are not resampled too, because that
+    counts the noise of the seeds twice (coverage 98 to 100%, measured). Raises LogError for fewer than two tangent points.
     """
     roots = tangent_points(curves)
     used = np.flatnonzero(np.isfinite(roots))
@@ -235,7 +234,7 @@ def fit(curves, draws=400, seed=0):
         loss = np.stack([L.mean(0) + np.sqrt(len(L) / max(1, len(L) - 1))
                          * (L[rng.integers(len(L), size=(draws, len(L)))].mean(1) - L.mean(0)) for L in curves.loss], 1)
         drawn = tangent_points(curves, loss)[:, used]
-        drawn = np.where(np.isfinite(drawn), drawn, found)  # a draw that moves a crossing off the data says nothing new
+        drawn = np.where(np.isfinite(drawn), drawn, found)  # a draw may move a tangent point out of the data
     scale_ci = exponent_ci = None
     if len(used) > 2:
         residual = found - exponent * log_p

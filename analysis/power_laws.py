@@ -1,8 +1,7 @@
-"""Exact sums of power laws L(t, p) = L0 + Σ a·t^(-µ)·p^(-ν), where collapse can be computed instead of measured.
+"""Sums of power laws L(t, p) = L0 + Σ a·t^(-µ)·p^(-ν), whose collapse can be computed exactly, and their fit to loss curves.
 
-Qiu et al. (2025) §3.1, fig. 5b and theorem F.1; the exponents of "4+3 phases" by Paquette et al. (2024, arXiv 2405.15074).
-Two balanced terms collapse exactly at the compute-optimal data exponent γ*, and at no other. `fit_joint` asks how nearly
-measured constant-rate curves are of this form (fig. 5a).
+Qiu et al. (2025) §3.1, fig. 5 and theorem F.1, with the exponents of "4+3 phases" by Paquette et al. (2024, arXiv 2405.15074). Two
+balanced terms collapse exactly at the compute-optimal data exponent γ*, and at no other exponent.
 """
 
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from analysis.table import LogError, runs
 
 
 class Terms(NamedTuple):
-    """One entry a term a·t^(-µ)·p^(-ν)."""
+    """One entry for each term a·t^(-µ)·p^(-ν)."""
     mu: tuple
     nu: tuple
     a: tuple
@@ -25,7 +24,7 @@ MODELS = np.geomspace(10, 1e9, 9)                        # p of fig. 5b
 
 
 def loss(terms, t, p, L0=0.0):
-    """L(t, p), eq. 8; t and p broadcast."""
+    """L(t, p), eq. 8. t and p broadcast."""
     return L0 + sum(a * t ** -mu * p ** -nu for mu, nu, a in zip(*terms, strict=True))
 
 
@@ -41,7 +40,7 @@ def phase(alpha, beta):
 
 
 def parameter_exponent(alpha, beta):
-    """η in p* ∝ c^η at compute c, by phase."""
+    """The η of the phase, in p* ∝ c^η at compute c."""
     return {
         'Ia': lambda: 1 / (2 * alpha + 1),
         'II': lambda: (beta / alpha) / (1 + beta / alpha),
@@ -54,13 +53,13 @@ def parameter_exponent(alpha, beta):
 
 
 def data_exponent(alpha, beta):
-    """γ* in t* ∝ p^γ*: with p ∝ c^η and t = c/(6p), γ* = (1 - η)/η."""
+    """γ* in t* ∝ p^γ*. It is (1 - η)/η, from p ∝ c^η and t = c/(6p)."""
     eta = parameter_exponent(alpha, beta)
     return (1 - eta) / eta
 
 
 def phase_terms(alpha, beta):
-    """F0, Fpp and Fac of the loss in phase II (α > ½, ½ <= β < α), with unit coefficients."""
+    """The Terms F0, Fpp and Fac of the loss in phase II (α > ½, ½ <= β < α), with coefficients 1. ValueError in other phases."""
     if phase(alpha, beta) != 'II':
         raise ValueError(f'alpha={alpha:g}, beta={beta:g} is phase {phase(alpha, beta)}; these three terms are those of phase '
                          'II: alpha > 1/2 and 1/2 <= beta < alpha')
@@ -77,7 +76,7 @@ def normalised(terms, gamma, p, x):
 
 
 def deviation(terms, gamma, p=MODELS, x=None):
-    """Largest Δ(x) over 0.01 <= x < 1 of the models p: how far the exact curves are from collapsing."""
+    """The largest Δ(x) of the models p over 0.01 <= x < 1; 0 for an exact collapse."""
     ell = normalised(terms, gamma, p, np.geomspace(0.01, 1, 50)[:-1] if x is None else x)
     return float((ell.std(0) / ell.mean(0)).max())
 
@@ -153,7 +152,7 @@ def _seed_noise(table):
 def mean_curves(table, from_share=0.02, points=60, until=1.0):
     """(t, p, L) [n] of the seed-mean loss curves at log-spaced tokens, from `from_share` to `until` times each horizon.
 
-    The first stretch is left out: early transients are no power laws (fig. 5a leaves out 1B tokens).
+    The start of training is left out, because early transients are not power laws (fig. 5a leaves out 1B tokens).
     """
     x = np.geomspace(from_share, until, points)
     ends, horizon = runs(table), horizon_of(table)

@@ -1,8 +1,8 @@
-"""A run of ours beside the published runs of the same model: does it lie where another of their seeds would?
+"""Compares a run of ours with the published seeds of the same model, at equal compute.
 
     python -m figures reproduced logs/mlp_384.parquet logs/paper/mlp.pkl
 
-Losses are compared at equal compute, as they are and normalised (eq. 1, with the L0 of the whole published ladder).
+The loss and the normalised loss ℓ are compared (eq. 1, with the L0 of the whole published ladder).
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ AT = np.arange(1, 11) / 10
 
 
 def same_model(table, published):
-    """The published runs of the one model and schedule of the table. LogError if there are none, or of another horizon."""
+    """The published runs with the model and schedule of the table. Raises LogError if there are none, or if the horizons differ."""
     ends = runs(table)
     if ends['num_params'].nunique() > 1:
         raise LogError(f'one model is compared at a time, and the log has D = {sorted(ends["D"].astype(int).unique())}; choose one '
@@ -29,9 +29,13 @@ def same_model(table, published):
 
 
 def compare(table, same, L0, x=AT):
-    """{name: [K]} at normalised compute x: our loss (mean over seeds), the published mean and standard deviation over seeds
-    (ddof 1), our distance in those; the same of ℓ (eq. 1), its distance relative to the published mean. `each_seed` and
-    `each_distance` [S, K] are those of the S published seeds. Raises LogError if a log begins after the first x."""
+    """{name: [K]} at normalised compute x.
+
+    loss, published, sd, off: our mean over seeds, the published mean and standard deviation over seeds (ddof 1), and the difference
+    in standard deviations. normalised, normalised_published, distance, noise: the same for ℓ (eq. 1), with the difference and the
+    deviation relative to the published mean. each_seed, each_distance [S, K]: relative differences of the published seeds.
+    Raises LogError if a log begins after the first x.
+    """
     ours, theirs = collapse.curves(table, x), collapse.curves(same, x)
     if len(ours.x) < len(x) or len(theirs.x) < len(x):
         raise LogError(f'both logs must begin by x = {min(x):g}')
@@ -44,7 +48,7 @@ def compare(table, same, L0, x=AT):
 
 
 def evaluations(table, from_x=0.01):
-    """x of the first run's own evaluations from `from_x` on; its end is 1."""
+    """Normalised compute of the evaluations of the first run, from `from_x` to 1."""
     C = table[table['run'] == table['run'].iloc[0]]['compute'].to_numpy()
     x = C / C[-1]
     return x[x >= from_x]

@@ -1,8 +1,6 @@
-"""The scaling law L(C) = L0 + a·C^(-b) through the compute-optimal points, and how well L0 is known.
+"""The scaling law L(C) = L0 + a·C^(-b) through the compute-optimal points, with intervals for a, b and L0.
 
-Objective: Huber loss with δ = 1e-3 on log-loss residuals, summed (Hoffmann et al. 2022; Qiu et al. 2025 §2.2). Its exact
-gradient and Hessian are cheap, so Newton steps from a dense line of floors L0 (given L0, log(L - L0) is a straight line)
-replace a thousand random starts, and a whole bootstrap is one batch.
+The objective is the summed Huber loss with δ = 1e-3 of the residuals of the log-loss (Hoffmann et al. 2022; Qiu et al. 2025 §2.2).
 """
 
 from typing import NamedTuple
@@ -17,10 +15,10 @@ LEVEL = 0.9   # of every confidence interval
 
 
 class Points(NamedTuple):
-    """The compute-optimal points of a ladder: one model an entry, ordered by parameters."""
+    """The compute-optimal points of a scaling ladder, one entry for each model, ordered by parameters."""
     p: np.ndarray        # [M] parameters
     compute: np.ndarray  # [M] FLOPs, C*
-    losses: list         # M arrays, one loss a seed
+    losses: list         # M arrays with the loss of each seed
 
     @property
     def loss(self):      # [M] seed means
@@ -46,9 +44,10 @@ def predict(law, compute):
 
 
 def optimal_points(table):
-    """The point (C*, L(C*)) of every run, by model: C* is `opt_compute` where the log has it, else the run's end.
+    """The Points of a table: C* and the losses at C*. C* is `opt_compute` where the log has it, else the end of the run.
 
-    Needs num_params, compute, test_loss. The loss at C* is interpolated (log C, log L) inside the run.
+    The loss at C* is interpolated in (log C, log L). Raises LogError if a run ends before its C*, or if the runs of one model have
+    different C*.
     """
     require(table, ['num_params', 'compute', 'test_loss'], 'a scaling law')
     ends = runs(table)
@@ -58,22 +57,22 @@ def optimal_points(table):
         value = loss_at(rows, [target[run]])[0]
         if np.isnan(value):
             raise LogError(f'run {run} ends at {rows["compute"].iloc[-1]:.4g} FLOPs, before its C* = {target[run]:.4g}; '
-                           'leave it out with --where, or train it on')
+                           'leave it out with --where, or train it longer')
         p = ends.at[run, 'num_params']
         compute.setdefault(p, []).append(target[run])
         loss.setdefault(p, []).append(value)
     p = sorted(compute)
     for one in p:
-        if max(compute[one]) > 1.02 * min(compute[one]):  # seeds of one model share a horizon, up to one evaluation
-            raise LogError(f'the runs of the model with {one:.4g} parameters end at different FLOPs ({min(compute[one]):.4g} '
-                           f'to {max(compute[one]):.4g}); choose one ladder, e.g. --where T=… or --where schedule=…')
+        if max(compute[one]) > 1.02 * min(compute[one]):  # seeds of one model have the same horizon, up to one evaluation
+            raise LogError(f'the runs of the model with {one:.4g} parameters end at different compute ({min(compute[one]):.4g} '
+                           f'to {max(compute[one]):.4g} FLOPs); choose one ladder, e.g. --where T=… or --where schedule=…')
     return Points(np.array(p), np.array([np.mean(compute[one]) for one in p]), [np.array(loss[one]) for one in p])
 
 
 def horizon_of(table):
-    """FLOPs of x = 1 by run: `opt_compute` where known, else the run's last evaluation.
+    """[runs] FLOPs at x = 1: `opt_compute` where it is known, else the run's last evaluation.
 
-    A run trained to C* ends on the last whole step before it (or one update earlier): an end within 1% below C* is C*.
+    A run trained to C* ends on the last whole step before it. So an end less than 1% below C* counts as C*.
     """
     ends = runs(table)
     if 'opt_compute' not in ends:
@@ -83,7 +82,7 @@ def horizon_of(table):
 
 
 def loss_at(rows, compute):
-    """Loss of one run at `compute` [K] FLOPs, interpolated in (log C, log L); NaN outside the run."""
+    """[K] loss of one run at `compute` [K] FLOPs, interpolated in (log C, log L). NaN outside the run."""
     C, L = rows['compute'].to_numpy(), rows['test_loss'].to_numpy()
     C, L = C[C > 0], L[C > 0]
     compute = np.asarray(compute, float)
@@ -93,10 +92,14 @@ def loss_at(rows, compute):
 
 # ---- the fit --------------------------------------------------------------------------------------------------------
 
+# The solver is ours because a fit is repeated for every bootstrap draw. 400 draws of mlp.pkl take 0.1 s as one batch, and 2.4 s
+# with scipy.optimize.least_squares(loss='huber'). The 90% intervals of b agree within 1%.
+
 
 def fit(compute, loss, delta=DELTA):
-    """The law with the least summed Huber loss over all a, b, L0 >= 0. compute [M] FLOPs, loss [M]; M >= 3.
+    """The Law with the smallest summed Huber loss over a, b, L0 >= 0. compute [M] in FLOPs, loss [M].
 
+    Given L0, log(L - L0) is a straight line in log C. So the starts are a dense line of values of L0, each with its line.
     Raises LogError for fewer than three models, or if the loss does not fall with compute.
     """
     u, centre, y = _centred(compute, loss)
@@ -110,7 +113,7 @@ def fit(compute, loss, delta=DELTA):
 
 
 def fit_given_L0(compute, loss, L0, delta=DELTA):
-    """The best a and b with L0 held. Raises LogError unless 0 <= L0 < every loss."""
+    """The Law with the best a and b for a given L0. Raises LogError unless 0 <= L0 < every loss."""
     loss = np.asarray(loss, float)
     if not 0 <= L0 < loss.min():
         raise LogError(f'L0={L0:g} must be at least 0 and below the smallest final loss, {loss.min():.6g}')
@@ -123,7 +126,7 @@ def fit_given_L0(compute, loss, L0, delta=DELTA):
 
 
 def _centred(compute, loss):
-    """log C about its mean, that mean, and log L: the fit does not see the unit of compute."""
+    """(log C minus its mean, that mean, log L). The fit then does not depend on the unit of compute."""
     u, y = np.log(np.asarray(compute, float)), np.log(np.asarray(loss, float))
     return u - u.mean(), u.mean(), y
 
@@ -138,7 +141,7 @@ def _law(theta, centre, u, y, objective):
 
 
 def _line(u, y, L0):
-    """Start at each floor L0 [S]: log(L - L0) = α - b·u by least squares. Returns theta [S, 3] = (α, b, log L0)."""
+    """theta [S, 3] = (α, b, log L0) for each L0 [S]: log(L - L0) = α - b·u by least squares."""
     with np.errstate(divide='ignore'):
         floor = np.log(L0)
     reducible = np.log(np.exp(y) - L0[:, None])                      # [S, M]
@@ -147,18 +150,18 @@ def _line(u, y, L0):
 
 
 def _starts(u, y, count=24):
-    """Starts on a line of floors from 0 to just under the smallest loss, dense near both ends."""
+    """theta [S, 3] for values of L0 from 0 to just below the smallest loss, dense near both ends."""
     share = np.concatenate([[0.0], np.geomspace(1e-3, 0.5, count // 2), 1 - np.geomspace(0.4, 1e-3, count // 2)])
     return _line(u, y, share * np.exp(y.min()))
 
 
 def _best(u, y, delta, starts, tolerance=1e-10, iterations=200):
-    """Lowest of the minima reached from every start, batch by batch. u, y [R, M]; starts [S, 3]; returns theta [R, 3]."""
+    """(theta [R, 3], objective [R]): the lowest minimum reached from the starts [S, 3], for each of R data sets u, y [R, M]."""
     R, S = len(y), len(starts)
     theta = np.broadcast_to(starts, (R, S, 3)).reshape(-1, 3)
     wide = [np.repeat(np.broadcast_to(v, y.shape), S, axis=0) for v in (u, y)]
     theta, objective = _minimise(theta, *wide, delta, free=(0, 1, 2), tolerance=tolerance, iterations=iterations)
-    flat = np.stack([y.mean(-1), _slope(u, y), np.full(R, -np.inf)], -1)  # L0 = 0, at the edge
+    flat = np.stack([y.mean(-1), _slope(u, y), np.full(R, -np.inf)], -1)  # L0 = 0, the boundary
     zero, at_zero = _minimise(flat, u, y, delta, free=(0, 1), tolerance=tolerance, iterations=iterations)
     theta = np.concatenate([theta.reshape(R, S, 3), zero[:, None]], 1)
     objective = np.concatenate([objective.reshape(R, S), at_zero[:, None]], 1)
@@ -172,7 +175,7 @@ def _slope(u, y):
 
 
 def _model(theta, u):
-    """log L [R, M] of theta [R, 3] = (α, b, log L0) at u, and the reducible share s = a·C^(-b) / L."""
+    """(log L [R, M] of theta [R, 3] = (α, b, log L0) at u, reducible share s = a·C^(-b) / L [R, M])."""
     power, floor = theta[:, :1] - theta[:, 1:2] * u, theta[:, 2:]
     log_loss = np.logaddexp(power, floor)
     return log_loss, np.exp(power - log_loss)
@@ -185,10 +188,10 @@ def _objective(theta, u, y, delta):
 
 
 def _minimise(theta, u, y, delta, free, tolerance=1e-10, iterations=200):
-    """Damped Newton on the summed Huber loss, a batch at once. theta [R, 3], u and y [R, M] -> theta, objective [R].
+    """(theta [R, 3], objective [R]) after damped Newton steps on the summed Huber loss from theta [R, 3]; u and y [R, M].
 
-    With s the reducible share and v = (1, -u, -1): the gradient of log L is (s, -u·s, 1 - s) and its Hessian
-    s(1 - s)·v·vᵀ, so the objective's Hessian is exact; the step is damped until it goes downhill.
+    With the reducible share s and v = (1, -u, -1), the gradient of log L is (s, -u·s, 1 - s) and its Hessian is s(1 - s)·v·vᵀ.
+    The damping grows until a step lowers the objective. `free` lists the components of theta that move.
     """
     theta, u, y = (np.array(np.broadcast_to(v, (len(theta), v.shape[-1])), float) for v in (theta, u, y))
     free = list(free)
@@ -209,7 +212,7 @@ def _minimise(theta, u, y, delta, free, tolerance=1e-10, iterations=200):
         gauss = np.einsum('am,amf,amg->afg', curved + 1e-6, J, J)
         hessian = gauss + np.einsum('am,amf,amg->afg', psi * s * (1 - s), v, v)
         scale = np.einsum('amf,amf->af', J, J) + 1e-300
-        shift = damping[active, None] * scale  # where the Hessian is not positive, rejected steps raise it until it is
+        shift = damping[active, None] * scale  # a Hessian that is not positive is damped until the step goes downhill
         step = np.linalg.solve(hessian + shift[..., None] * np.eye(len(free)), -gradient[..., None])[..., 0]
         trial = t.copy()
         trial[:, free] += np.clip(step, -2, 2)
@@ -219,7 +222,7 @@ def _minimise(theta, u, y, delta, free, tolerance=1e-10, iterations=200):
         moved = active[better]
         theta[moved], best[moved] = trial[better], value[better]
         damping[active] = np.clip(np.where(better, damping[active] / 10, damping[active] * 10), 1e-14, 1e12)
-        # Done once several steps in a row gain nothing that matters beside the objective itself.
+        # A fit ends after several steps in a row with a negligible relative gain.
         quiet[active] = np.where(gain > tolerance * best[active], 0, quiet[active] + 1)
         active = active[(quiet[active] < 6) & (best[active] > 1e-28)]
     return theta, best
@@ -229,11 +232,11 @@ def _minimise(theta, u, y, delta, free, tolerance=1e-10, iterations=200):
 
 
 def resampled_losses(points, law, draws, rng):
-    """[draws, M] losses as other seeds would have given them, and where the noise was taken from: 'seeds' or 'residuals'.
+    """(losses [draws, M] of resampled seeds, source of the noise: 'seeds', 'residuals' or 'none').
 
-    Seeds are resampled within each model; deviations from its mean are stretched by √(n/(n-1)), since n seeds show only
-    (n-1)/n of their variance. A model of one seed borrows the relative deviations of the others. With one seed
-    everywhere the residuals of the law take their place, stretched by √(M/(M-3)).
+    Seeds are resampled within each model. Their deviations from the model's mean are multiplied by √(n/(n-1)), because the variance
+    of n seeds about their own mean is (n-1)/n of the true one. A model with one seed uses the relative deviations of the others. If
+    every model has one seed, the residuals of the law are used, multiplied by √(M/(M-3)).
     """
     mean = points.loss
     relative = [np.zeros(0) if len(L) < 2 else (L / L.mean() - 1) * np.sqrt(len(L) / (len(L) - 1)) for L in points.losses]
@@ -249,7 +252,7 @@ def resampled_losses(points, law, draws, rng):
 
 
 def bootstrap(points, law, draws=400, seed=0, delta=DELTA):
-    """{'a', 'b', 'L0': [draws]} refitted to resampled seeds, and the origin of the noise. None if there is no noise to draw."""
+    """({'a', 'b', 'L0': [draws]} of fits to resampled seeds, source of the noise). The first is None if there is no noise."""
     losses, origin = resampled_losses(points, law, draws, np.random.default_rng(seed))
     if losses is None:
         return None, origin
@@ -257,7 +260,7 @@ def bootstrap(points, law, draws=400, seed=0, delta=DELTA):
 
 
 def fit_batch(compute, losses, law, delta=DELTA):
-    """Refit many data sets losses [R, M] at the same compute [M]: {'a', 'b', 'L0': [R]}, started around `law`."""
+    """{'a', 'b', 'L0': [R]} of fits to the data sets losses [R, M] at the same compute [M], started near `law`."""
     u, centre, y = _centred(compute, losses)
     floors = np.array([max(law.L0, 1e-3 * np.exp(y.min())), 0.7 * np.exp(y.min())])
     starts = _line(u, y.mean(0), np.minimum(floors, 0.99 * np.exp(y.mean(0).min())))
@@ -266,14 +269,14 @@ def fit_batch(compute, losses, law, delta=DELTA):
 
 
 def interval(values, level=LEVEL):
-    """Percentile interval [low, high] of draws, NaN aside; None if there are no draws."""
+    """Percentile interval [low, high] of draws, without NaN. None if there are no draws."""
     if values is None or not np.isfinite(values).any():
         return None
     return [float(v) for v in np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])]
 
 
 class Profile(NamedTuple):
-    """Least squares over L0: chi2(L0) with a and b refitted at each, and what it says."""
+    """The profile of L0: the least-squares misfit at each L0, with a and b fitted there, and the interval it gives."""
     L0: np.ndarray       # [G] grid around the interval, within 0 and the smallest loss
     chi2: np.ndarray     # [G] rise over the minimum, in units of the noise
     cut: float           # the rise that bounds the interval
@@ -282,10 +285,10 @@ class Profile(NamedTuple):
 
 
 def profile(points, level=LEVEL, size=200):
-    """Profile interval for L0. None for three models or fewer, where nothing is left to judge the law by.
+    """The Profile of L0. None for three models or fewer, where the fit is exact.
 
-    Weighted least squares on log-loss; the noise of each mean is the pooled seed noise over its number of seeds, widened to
-    the law's own misfit where that is larger, hence the F distribution with M-3 degrees of freedom for the cut.
+    Weighted least squares on the log-loss. The variance of a model's mean is the pooled variance of seeds over its number of seeds,
+    or the misfit of the law if that is larger. So the cut is a quantile of the F distribution with 1 and M-3 degrees of freedom.
     """
     from scipy.special import fdtri
     M = len(points.p)

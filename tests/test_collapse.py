@@ -139,7 +139,7 @@ def test_the_verdict_in_words():
     assert words(found) == f'supercollapse: Δ < σ from x = {found["supercollapse_from"]:.2f} on, averaged over models'
     independent, _ = collapse.analyse(planted(offset=0, jitter=5e-3, seeds=5, gamma=0.8), draws=20)
     assert words(independent).startswith('no supercollapse')
-    assert words(collapse.analyse(planted(seeds=1))[0]) == 'supercollapse cannot be decided: one seed a model'
+    assert words(collapse.analyse(planted(seeds=1))[0]) == 'supercollapse cannot be decided: one seed per model'
     assert words(collapse.analyse(planted(models=1), L0=0.1)[0]) == 'supercollapse cannot be decided: one model'
     fewer = planted()
     fewer = fewer[~fewer['run'].isin(['D32-s1', 'D32-s2', 'D32-s3'])]
