@@ -1,10 +1,10 @@
-"""Save finished runs, from W&B or from their folders, as one log that figures/ reads: logs/NAME.parquet.
+"""Saves finished runs, from W&B or from their folders, as one log for the analysis: logs/NAME.parquet.
 
-    python save_logs.py --tag mlp --project supercollapse --out logs/mlp.parquet      every evaluation, through scan_history
-    python save_logs.py --tag mlp --runs runs --out logs/mlp.parquet                  the same from runs/, without W&B
+    python save_logs.py --tag mlp --project supercollapse --out logs/mlp.parquet      from W&B (log in with `wandb login`)
+    python save_logs.py --tag mlp --runs runs --out logs/mlp.parquet                  from run folders
 
-Only finished runs are kept; the others are named and counted. A value that was not logged stays missing. Saving the same
-runs again writes the same file. The format is figures/table.py's.
+Runs in another state are left out and named. A value that was not logged is NaN. The same runs give the same file. The columns are
+those of analysis/columns.py.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from analysis import table as logs
 
-ORDER = ['tag', 'num_params', 'schedule', 'decay_frac', 'T', 'seed', 'run']  # of the rows, so that saving is repeatable
-ATTEMPTS = 6  # at a request, 1 + 2 + 4 + 8 + 16 s apart: rate limits reset within a minute
+ORDER = ['tag', 'num_params', 'schedule', 'decay_frac', 'T', 'seed', 'run']  # of the rows, so that the same runs give the same file
+ATTEMPTS = 6  # of a request, 1 + 2 + 4 + 8 + 16 s apart; W&B's rate limits last less than a minute
 
 
 def from_folders(folder, tags):
-    """(table of the finished runs, {state: names of the others}) below `folder`, of the given wandb_tags (none: of all)."""
+    """(table of the finished runs, {state: names of the others}) below `folder` with one of the tags (none given: all runs)."""
     table = logs.load(folder)
     if tags:
         logs.require(table, ['tag'], 'choosing runs by tag')
@@ -33,83 +33,90 @@ def from_folders(folder, tags):
             raise logs.LogError(f'{folder}: no run tagged {" or ".join(tags)}; tags there: '
                                 f'{", ".join(sorted(table["tag"].dropna().unique()))}')
         table = kept
-    others = {state: sorted(rows['run'].unique()) for state, rows in table[table['state'] != 'finished'].groupby('state')}
-    return table[table['state'] == 'finished'], others
+    finished = table['state'] == 'finished'
+    return table[finished], {state: sorted(rows['run'].unique()) for state, rows in table[~finished].groupby('state')}
 
 
 def from_wandb(project, entity, tags):
-    """(table of the finished runs, {state: names of the others}) of a W&B project, of the given tags (none: of all).
+    """(table of the finished runs, {state: names of the others}) of a W&B project with one of the tags (none given: all runs).
 
-    Every logged row is read (scan_history), none is sampled away. Raises LogError if the server cannot be reached.
+    Every logged row is read; W&B's own `history` would give a sample. Raises LogError if the server cannot be reached.
     """
-    import wandb
     path = f'{entity}/{project}' if entity else project
     filters = {'tags': {'$in': list(tags)}} if tags else {}
-
-    def list_runs():
-        return list(wandb.Api(timeout=60).runs(path, filters=filters, order='+created_at'))
-
-    runs = patiently(list_runs, f'listing the runs of {path}')
+    runs = with_retries(lambda api: list(api.runs(path, filters=filters, order='+created_at')), f'listing the runs of {path}')
     if not runs:
         raise logs.LogError(f'no run in {path}' + (f' is tagged {" or ".join(tags)}' if tags else '') +
                             '; check --project, --entity and --tag')
-    frames, others = [], defaultdict(list)
+    tables, others = [], defaultdict(list)
     for run in tqdm(runs, desc='runs', unit='run'):
-        state = dict(run.summary).get('state', run.state) if run.state == 'finished' else run.state  # a diverged run of a sweep
-        if state != 'finished':                                                                     # has ended well for W&B
-            others[state].append(run.name)
-            continue
-        rows, config = _history(run), dict(run.config)
-        if not any(config.get(key) for key in ('wandb_tag', 'tag')) and run.tags:
-            config['tag'] = next((tag for tag in tags if tag in run.tags), run.tags[0])
-        if rows:
-            frames.append(logs.from_run(run.id, config, rows, dict(run.summary) | {'state': run.state}))
+        state = state_of(run)
+        table = table_of(run, tags) if state == 'finished' else None
+        if table is not None:
+            tables.append(table)
         else:
-            others['finished without an evaluation'].append(run.name)
-    return (logs.tidy(pd.concat(frames, ignore_index=True)) if frames else None), dict(others)
+            others['finished without an evaluation' if state == 'finished' else state].append(run.name)
+    return (logs.tidy(pd.concat(tables, ignore_index=True)) if tables else None), dict(others)
 
 
 def one_from_wandb(path):
-    """Rows so far of one W&B run, entity/project/id, whatever its state. A new Api each time: an old one hides what came since."""
-    import wandb
-    run = patiently(lambda: wandb.Api(timeout=60).run(path), f'asking for the run {path}')
-    return logs.from_run(run.id, dict(run.config), _history(run), dict(run.summary) | {'state': run.state})
+    """The table so far of one W&B run, entity/project/id, in any state. Raises LogError if it has no evaluation yet."""
+    run = with_retries(lambda api: api.run(path), f'reading the run {path}')
+    table = table_of(run, ())
+    if table is None:
+        raise logs.LogError(f'{path}: the run has no evaluation yet')
+    return logs.tidy(table)
 
 
-def _history(run):
-    rows = patiently(lambda: list(run.scan_history(page_size=1000)), f'reading {run.name}')
-    return [{key: _number(value) for key, value in row.items()} for row in rows if row.get('test_loss') is not None]
+def state_of(run):
+    """State of a W&B run. Its summary says where a run diverged: for W&B it is finished, so that an agent does not repeat it."""
+    return dict(run.summary).get('state', run.state) if run.state == 'finished' else run.state
+
+
+def table_of(run, tags):
+    """The table of one W&B run, or None if it has no evaluation. A run without a tag in its configuration has its tag in W&B."""
+    rows = with_retries(lambda api: list(run.scan_history(page_size=1000)), f'reading {run.name}')
+    rows = [{key: _number(value) for key, value in row.items()} for row in rows if row.get('test_loss') is not None]
+    config = dict(run.config)
+    if not any(config.get(key) for key in ('wandb_tag', 'tag')) and run.tags:
+        config['tag'] = next((tag for tag in tags if tag in run.tags), run.tags[0])
+    return logs.from_run(run.id, config, rows, dict(run.summary) | {'state': state_of(run)}) if rows else None
 
 
 def _number(value):
-    """W&B may send NaN and the infinities as strings; what is not finite is missing."""
+    """The value, or None if it is not finite. W&B may send NaN and the infinities as strings."""
     if value in ('NaN', 'Infinity', '-Infinity') or isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-def patiently(request, what):
-    """The request's answer, tried again with growing pauses when the server does not answer or is too busy."""
+def with_retries(request, purpose):
+    """request(wandb.Api()), repeated with growing pauses while the server does not answer or is too busy. Raises LogError.
+
+    Each request has a new Api, because an old one returns what it has cached.
+    """
     import requests
     import wandb
     for attempt in range(ATTEMPTS):
         try:
-            return request()
-        except wandb.errors.AuthenticationError as error:
-            raise logs.LogError(f'W&B: {error}') from None
+            return request(wandb.Api(timeout=60))
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise logs.LogError(f'W&B, {purpose}: {_first_line(error).rstrip(".")}; to log in, run  wandb login') from None
         except (wandb.errors.CommError, requests.exceptions.RequestException, TimeoutError, ValueError) as error:
-            # A ValueError is W&B's word for a project that does not exist: no use in waiting for it.
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
             if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.RequestException):
-                raise logs.LogError(f'W&B, {what}: {message}') from None
+                raise logs.LogError(f'W&B, {purpose}: {_first_line(error)}') from None  # the project does not exist
             if attempt == ATTEMPTS - 1:
-                raise logs.LogError(f'W&B, {what}: {message} (tried {ATTEMPTS} times)') from None
-            print(f'note: {what}: {message}; trying again in {2 ** attempt} s', file=sys.stderr)
+                raise logs.LogError(f'W&B, {purpose}: {_first_line(error)} (tried {ATTEMPTS} times)') from None
+            print(f'note: {purpose}: {_first_line(error)}; trying again in {2 ** attempt} s', file=sys.stderr)
             time.sleep(2 ** attempt)
 
 
-def save(table, others, out, **produced_by):
-    """Write the log and say on stderr what went into it and what did not. Raises LogError if no finished run is left."""
+def _first_line(error):
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def save(table, others, out, **origin):
+    """Write the log, and print what is in it and what was left out. Raises LogError if there is no finished run."""
     for state, names in sorted(others.items()):
         print(f'note: {len(names)} {state} left out: {", ".join(names[:5])}{" …" if len(names) > 5 else ""}', file=sys.stderr)
     if table is None or not len(table):
@@ -118,14 +125,14 @@ def save(table, others, out, **produced_by):
     table = table.sort_values([c for c in ORDER if c in table] + (['step'] if 'step' in table else []), kind='stable')
     table, copies = logs.drop_duplicates(table.reset_index(drop=True))
     if copies:
-        print(f'note: {copies} runs are there twice, bit for bit; kept once', file=sys.stderr)
+        print(f'note: {copies} runs are there twice with the same losses; kept once', file=sys.stderr)
     runs = logs.runs(table)
     count = len(runs)
-    origin = {column: sorted(runs[column].dropna().unique()) for column in ('revision', 'device') if column in runs}
+    origin |= {column: sorted(runs[column].dropna().unique()) for column in ('revision', 'device') if column in runs}
     if 'seconds' in runs:
         origin['hours'] = round(runs['seconds'].sum() / 3600, 3)
     logs.write_parquet(table.reset_index(drop=True), out, runs=count, evaluations=len(table), duplicates_dropped=copies,
-                       left_out={state: len(names) for state, names in others.items()}, **origin, **produced_by)
+                       left_out={state: len(names) for state, names in others.items()}, **origin)
     print(f'{out}: {count} runs, {len(table)} evaluations, {Path(out).stat().st_size / 1e6:.2f} MB')
 
 
@@ -134,7 +141,7 @@ def main():
     parse.add_argument('--tag', action='append', default=[], help='save the runs with this tag (may be given again)')
     parse.add_argument('--runs', metavar='DIR', help='read run folders below DIR instead of W&B')
     parse.add_argument('--project', help='W&B project')
-    parse.add_argument('--entity', help='W&B user or team (default: that of your key)')
+    parse.add_argument('--entity', help='W&B user or team (default: that of your login)')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[], help='keep only these runs')
     parse.add_argument('--out', metavar='FILE', help='the log to write (default: logs/<first tag>.parquet)')
     args = parse.parse_args()

@@ -122,7 +122,7 @@ def from_run(run, config, rows, summary):
     history = history[[c for c in ROW_COLUMNS if c in history]]
     values = {'run': run, 'state': summary.get('state', 'unfinished')}
     if summary.get('wall_seconds') is not None:
-        values['seconds'] = summary['wall_seconds'] / summary.get('seeds_fused', 1)
+        values['seconds'] = summary['wall_seconds'] / summary.get('seeds_together', 1)
     for column, keys in CONFIG_KEYS.items():
         values[column] = next((config[key] for key in keys if config.get(key) is not None), None)
     for column in ('revision', 'device'):  # W&B has them in the summary

@@ -1,6 +1,7 @@
-"""Logs saved from folders and from W&B hold every evaluation of the finished runs, and say what they leave out."""
+"""Logs saved from folders and from W&B hold every evaluation of the finished runs; the others are named."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +41,11 @@ def test_from_folders(tmp_path):
     assert out.read_bytes() == first                                            # saving again changes nothing
     table = logs.load(out)
     assert len(table) == 22 and not list(tmp_path.glob('*.tmp')) and 'Buvar' not in table
+    assert (table['num_test_batches'] == 7).all()
     whole = logs.clean(logs.load(tmp_path / 'runs'))[0]
     np.testing.assert_array_equal(np.sort(table['test_loss']), np.sort(whole['test_loss']))
     origin = json.loads(pq.read_schema(out).metadata[logs.METADATA_KEY])
-    assert (origin['revision'], origin['device'], origin['hours']) == (['abc1234'], ['cpu'], 0.2)  # two seeds, fused: 720 s
+    assert (origin['revision'], origin['device'], origin['hours']) == (['abc1234'], ['cpu'], 0.2)  # two seeds trained together in 720 s
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -54,6 +56,12 @@ def test_errors_are_one_line(tmp_path, arguments, words):
     folder = str(folders(tmp_path))
     done = program(*[folder if a == 'RUNS' else a for a in arguments])
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+
+
+def test_without_a_login_the_error_names_the_command(tmp_path):
+    environment = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path), 'WANDB_BASE_URL': 'http://127.0.0.1:9'}  # no server there
+    done = program('--project', 'p', '--tag', 'mine', environment=environment)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'wandb login' in done.stderr
 
 
 TRAIN = """
@@ -70,7 +78,7 @@ run.finish(exit_code=code)
 
 
 def test_from_wandb_nothing_is_sampled_away(loopback, tmp_path):
-    """The real client against a server on this machine: 1,300 rows a run (a sampled history would give 500)."""
+    """W&B's client with a server on this machine. A run has 1,300 rows, of which a sampled history would give 500."""
     out = tmp_path / 'log.parquet'
     with loopback.WandbLoopback() as server:
         environment = server.env(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL='1', WANDB_DIR=str(tmp_path))
@@ -78,7 +86,7 @@ def test_from_wandb_nothing_is_sampled_away(loopback, tmp_path):
                                      env=environment)
                     for name, rows, code, seed in (('whole', 1300, 0, 0), ('again', 1300, 0, 0), ('broken', 20, 1, 1))]
         assert [one.wait(120) for one in training] == [0, 0, 0]
-        server.fail_every(4)                                                     # an unreliable server is asked again
+        server.fail_every(4)                                                     # requests that fail are repeated
         arguments = ('--project', 'p', '--entity', 'e', '--tag', 'mine', '--out', out)
         done = program(*arguments, environment=environment)
         server.fail_every(0)
