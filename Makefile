@@ -42,8 +42,13 @@ bench-compare: .venv/complete ## the same beside another revision: make bench-co
 bench-growth: .venv/complete ## step time against width and batch size, drawn in benchmarks/growth.png
 	$(RUN) -m benchmarks.growth
 
-figures: .venv/complete ## run the notebooks on the saved logs: their outputs, and PNGs in figures/png
-	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False figures/*.ipynb
+figures: .venv/complete ## run the notebooks on the shipped logs (LOG=logs/paper/mlp.pkl: on others, into runs/figures)
+	$(RUN) -m figures.run_notebooks
+ifndef LOG
+	$(RUN) -m figures collapse logs/laptop_text.parquet --out figures/png/laptop_text_collapse.png
+	$(RUN) -m figures horizon logs/laptop_text_const.parquet --out figures/png/laptop_text_const_horizon.png
+	@test ! -e logs/paper/mlp.pkl || $(RUN) -m figures reproduced logs/mlp_384.parquet logs/paper/mlp.pkl --out figures/png/mlp_384.png
+endif
 
 games: .venv/complete ## play 4,000 chess games with Stockfish into data/games (needs the program stockfish)
 	$(RUN) tests/make_games.py data/games --games 4000

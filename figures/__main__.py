@@ -1,25 +1,48 @@
-"""The commands:  python -m figures {collapse,horizon,schedules,reproduced,tables,forecast,watch,schedule-laws} LOG …"""
+"""The analysis of a log on the command line:  python -m figures COMMAND LOG …"""
 
+import difflib
 import sys
 
 from analysis.table import LogError
 from figures import beyond_commands, paper_commands, tables
 
-COMMANDS = {
-    'collapse': paper_commands.collapse, 'horizon': paper_commands.horizon, 'schedules': paper_commands.schedules,
-    'reproduced': paper_commands.reproduced, 'tables': tables.main, 'forecast': beyond_commands.forecast,
-    'watch': beyond_commands.watch, 'schedule-laws': beyond_commands.schedule_laws}
+COMMANDS = {  # name: (function of the arguments that follow the name, help)
+    'collapse': (paper_commands.collapse, 'scaling law, collapse tolerance Δ against noise floor σ, where supercollapse begins'),
+    'horizon': (paper_commands.horizon, 'compute-optimal horizon C* = (p / scale)^exponent from constant-rate runs'),
+    'schedules': (paper_commands.schedules, 'noise coefficient α, and loss curves predicted for other learning-rate schedules'),
+    'reproduced': (paper_commands.reproduced, 'a run beside the published seeds of its model'),
+    'tables': (tables.main, 'Markdown tables of several logs, one row a log'),
+    'forecast': (beyond_commands.forecast, 'loss curve of a larger model, predicted from smaller ones'),
+    'watch': (beyond_commands.watch, 'a run compared with its ladder while it trains'),
+    'schedule-laws': (beyond_commands.schedule_laws, 'schedule laws fitted to two or three loss curves, which predict the others'),
+}
 
 
-def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(f'usage: python -m figures {{{",".join(COMMANDS)}}} LOG …')
+def usage():
+    """The commands, one line each."""
+    return '\n'.join(['usage: python -m figures COMMAND LOG …', '',
+                      *(f'  {name:14} {text}' for name, (_, text) in COMMANDS.items()), '',
+                      'python -m figures COMMAND --help lists the options of a command.'])
+
+
+def main(argv):
+    """The exit status: 0, or 2 with one line on stderr for a wrong command or a log that cannot be analysed."""
+    if not argv or argv[0] in ('-h', '--help'):
+        print(usage())
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f'did you mean {near[0]!r}?' if near else f'the commands are {", ".join(COMMANDS)}'
+        print(f'error: no command {name!r}; {hint}', file=sys.stderr)
+        return 2
     try:
-        COMMANDS[sys.argv[1]](sys.argv[2:])
+        COMMANDS[name][0](rest)
     except LogError as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main(sys.argv[1:]))

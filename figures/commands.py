@@ -1,4 +1,4 @@
-"""What the figure commands share: reading a log, one-line errors, JSON on stdout, a figure on request."""
+"""What the commands and notebooks share: options, reading a log, the verdict in words, JSON on stdout, saving a figure."""
 
 import argparse
 import json
@@ -10,22 +10,22 @@ import numpy as np
 from analysis import table as logs
 
 
-def parser(doc, name, figure=True):
-    """An argument parser with what every command takes: LOG, --where, widths, --json and, if it draws, --out."""
-    parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=doc)
+def parser(description, name, figure=True):
+    """The argument parser of one command, with LOG, --where, the widths, --json and, if it draws, --out."""
+    parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=description)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
-                       help='keep only these runs, e.g. --where schedule=linear (may be given again)')
-    parse.add_argument('--min-width', type=float, metavar='D', help='leave narrower models out')
-    parse.add_argument('--max-width', type=float, metavar='D', help='leave wider models out')
-    parse.add_argument('--json', action='store_true', help='the result as JSON on stdout, and nothing else there')
+                       help='keep only these runs, e.g. --where schedule=linear (can be repeated)')
+    parse.add_argument('--min-width', type=float, metavar='D', help='leave out narrower models')
+    parse.add_argument('--max-width', type=float, metavar='D', help='leave out wider models')
+    parse.add_argument('--json', action='store_true', help='print the result as JSON on stdout, and nothing else there')
     if figure:
         parse.add_argument('--out', metavar='FIG', help='write the figure (.png or .pdf)')
     return parse
 
 
 def read(args, keep_duplicates=False):
-    """(clean table, notes, duplicates dropped) of the log and the filters given on the command line."""
+    """(clean table, notes, number of duplicate runs dropped) of the log and the filters on the command line."""
     table = logs.load(args.log)
     for condition in args.where:
         table = logs.where(table, condition)
@@ -33,8 +33,23 @@ def read(args, keep_duplicates=False):
     return logs.clean(table, keep_duplicates)
 
 
+def verdict(result):
+    """The verdict on one ladder's collapse in one sentence, from the result of `collapse.analyse`."""
+    middle = int(np.argmin(np.abs(result['x'] - 0.5)))
+    delta, sigma, onset = result['delta'][middle], result['sigma'][middle], result['supercollapse_from']
+    if len(result['num_params']) == 1:
+        return 'no verdict: one model has nothing to collapse onto'
+    if not np.isfinite(result['sigma']).all():
+        return f'no verdict on supercollapse: a model has one seed (Δ = {delta:.2%} at half the compute)'
+    if np.isfinite(onset):
+        ci = result['supercollapse_from_ci']
+        interval = ' (90%: ' + ' to '.join(f'{x:.2f}' if np.isfinite(x) else 'never' for x in ci) + ')' if ci else ''
+        return f'supercollapse from x = {onset:.2f}{interval}: models then differ by less than the seeds of one model'
+    return f'no supercollapse: models differ by more than seeds do (at half the compute Δ = {delta:.2%}, σ = {sigma:.2%})'
+
+
 def plain(value):
-    """Plain JSON values: arrays become lists, named tuples dicts, NaN and infinities null."""
+    """The value as JSON can hold it: arrays become lists, named tuples become dicts, NaN and infinities become null."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if hasattr(value, '_asdict'):
@@ -51,7 +66,7 @@ def plain(value):
 
 
 def save(draw, path):
-    """Draw on a new figure and write it. Matplotlib is only imported here: the numbers do not wait for it."""
+    """Call `draw` for a figure and write it to `path`. Matplotlib is imported here, so that commands without --out start fast."""
     import matplotlib
     matplotlib.use('Agg')
     from figures import style
@@ -61,7 +76,7 @@ def save(draw, path):
 
 
 def report(args, result, lines, notes):
-    """The result on stdout, as JSON or as lines for people; notes go to stderr either way."""
+    """Print the result on stdout, as JSON with --json and as `lines` otherwise. Notes always go to stderr."""
     for note in notes:
         print(f'note: {note}', file=sys.stderr)
     if args.json:
@@ -71,5 +86,5 @@ def report(args, result, lines, notes):
 
 
 def bracket(ci):
-    """' [low, high]' for people, or nothing if there is no interval."""
+    """'  [low, high]' for text output, or '' without an interval."""
     return f'  [{ci[0]:.4g}, {ci[1]:.4g}]' if ci else ''

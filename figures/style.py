@@ -1,60 +1,64 @@
-"""How every figure looks: one theme, colours by log p, labels with units. No data and no analysis here."""
+"""The look of every figure: seaborn's white grid, plasma colours by log p, files that are the same bytes for the same figure."""
 
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
-import matplotlib.ticker  # noqa: F401  used as mpl.ticker
 import numpy as np
+import seaborn as sns
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
-# Okabe and Ito's palette: told apart under every common form of colour blindness.
-BLUE, ORANGE, GREEN, RED, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#666666'
-SCHEDULES = {'const': GREY, 'linear': BLUE, 'cosine': ORANGE, 'multicosine': RED, 'quadratic': GREEN, 'power': '#CC79A7',
-             'exp': '#56B4E9'}
-PARAMETERS = mpl.colormaps['plasma']  # lightness falls evenly, so it reads in grey too
+_COLOURS = sns.color_palette('colorblind')
+BLUE, ORANGE, RED, GREY = _COLOURS[0], _COLOURS[1], _COLOURS[3], '0.4'
+PLASMA = sns.color_palette('plasma', as_cmap=True)
+DARKEST, LIGHTEST = 0.0, 0.88  # range of plasma in use; its last, yellow part is hard to see on white
 
 RC = {
-    'axes.grid': True, 'grid.color': '#dddddd', 'grid.linewidth': 0.6, 'axes.axisbelow': True, 'axes.edgecolor': '#333333',
-    'axes.spines.top': True, 'axes.spines.right': True, 'axes.titlesize': 'medium', 'axes.linewidth': 0.8,
-    'font.size': 9, 'legend.fontsize': 8, 'legend.framealpha': 0.9, 'legend.edgecolor': '#cccccc', 'lines.linewidth': 1.2,
-    'figure.dpi': 110, 'savefig.dpi': 160, 'savefig.bbox': 'tight', 'figure.constrained_layout.use': True,
-    'svg.hashsalt': 'supercollapse', 'axes.formatter.useoffset': False,
+    'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 8,
+    'lines.linewidth': 1.2, 'axes.linewidth': 0.8, 'grid.linewidth': 0.6, 'grid.color': '0.88', 'axes.edgecolor': '0.3',
+    'legend.framealpha': 0.9, 'axes.formatter.useoffset': False, 'figure.dpi': 110, 'savefig.dpi': 160, 'savefig.bbox': 'tight',
+    'figure.constrained_layout.use': True,
 }
+
+
+def use_theme():
+    """Set the look of all figures drawn from now on. The font is Matplotlib's own, so that it is the same on every machine."""
+    sns.set_theme(context='paper', style='whitegrid', palette='colorblind', font='DejaVu Sans', rc=RC)
 
 
 @contextmanager
 def theme():
-    """Everything drawn inside looks alike."""
-    with mpl.rc_context(RC):
+    """Set the look of the figures drawn inside, and restore the previous settings at the end."""
+    with mpl.rc_context():
+        use_theme()
         yield
 
 
-def use():
-    """The theme for the rest of a notebook."""
-    mpl.rcParams.update(RC)
-
-
 def colours(p):
-    """One colour for each p [M], by log p; the palest end of the map is left out as it vanishes on white."""
-    u = np.log(np.asarray(p, float))
-    span = np.ptp(u)
-    return [PARAMETERS(0.88 * (v - u.min()) / span) if span else PARAMETERS(0.4) for v in u]
+    """One colour for each parameter count in p [M]: plasma, dark to light in log p."""
+    log_p = np.log(np.asarray(p, float))
+    span = np.ptp(log_p)
+    share = (log_p - log_p.min()) / span if span else np.full(len(log_p), 0.4)
+    return [PLASMA(DARKEST + (LIGHTEST - DARKEST) * one) for one in share]
 
 
 def parameter_bar(axes, p, label='parameters p'):
-    """A colour bar for `colours(p)` beside the axes (one or a list); none for a single model."""
+    """The colour bar of `colours(p)` beside one axis or a list of axes, or None if there is a single model."""
     p = np.asarray(p, float)
     if len(np.unique(p)) < 2:
         return None
-    truncated = mpl.colors.ListedColormap(PARAMETERS(np.linspace(0, 0.88, 256)))
-    scale = mpl.cm.ScalarMappable(mpl.colors.LogNorm(p.min(), p.max()), truncated)
-    figure = np.ravel(axes)[0].figure
-    return figure.colorbar(scale, ax=axes, label=label, pad=0.02)
+    in_use = mpl.colors.ListedColormap(PLASMA(np.linspace(DARKEST, LIGHTEST, 256)))
+    mappable = mpl.cm.ScalarMappable(mpl.colors.LogNorm(p.min(), p.max()), in_use)
+    bar = np.ravel(axes)[0].figure.colorbar(mappable, ax=axes, label=label, pad=0.02)
+    bar.ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count(value)))
+    bar.ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    return bar
 
 
 def count(number):
-    """1478016 -> '1.48M', 999993344 -> '1B'."""
+    """A count in short form: 1478016 -> '1.48M', 999993344 -> '1B'."""
     number = float(f'{number:.3g}')
     for size, letter in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
         if number >= size:
@@ -63,22 +67,18 @@ def count(number):
 
 
 def plain_log(axis):
-    """Ticks of a log axis that spans less than two decades, as plain numbers."""
-    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f'{v:.3g}'))
-    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+    """Label a log axis that spans less than two decades with plain numbers."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:.3g}'))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure, path):
-    """Write a figure and close it; the file carries no date, so that the same figure gives the same bytes."""
-    kind = str(path).rsplit('.', 1)[-1]
-    figure.savefig(path, metadata={'CreationDate': None} if kind == 'pdf' else {'Software': None} if kind == 'png' else None)
+    """Write the figure to .png or .pdf, close it, and return it. No date and no software version goes into the file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.stem}.tmp{path.suffix}')
+    figure.savefig(temporary, metadata={'.png': {'Software': None}, '.pdf': {'CreationDate': None}}.get(path.suffix))
+    temporary.replace(path)
     plt.close(figure)
-
-
-def save_png(figure, path):
-    """Write a notebook's figure beside it, and return it for display."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={'Software': None})
-    plt.close(figure)  # displayed once, as the cell's value
     return figure

@@ -1,6 +1,7 @@
-"""The notebooks are thin, were run in order from a fresh kernel, and draw any log of the right kind."""
+"""The notebooks are thin, hold the outputs of a fresh run on the shipped logs, and run on other logs."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,71 +12,104 @@ import pytest
 
 import figures
 from analysis import table as logs
+from figures import run_notebooks
 from tests.logs_of import power_law_table
 from tests.test_schedules import planted as planted_schedules
 
 FOLDER = Path(figures.__file__).parent
-NOTEBOOKS = ['collapse', 'exact_power_laws', 'fit_optimal_horizon', 'forecast', 'lr_schedules', 'schedule_laws']
+NOTEBOOKS = sorted(path.stem for path in FOLDER.glob('*.ipynb'))
 
 
 def cells(name, kind='code'):
-    return [cell for cell in json.loads((FOLDER / f'{name}.ipynb').read_text())['cells'] if cell['cell_type'] == kind]
+    notebook = json.loads((FOLDER / f'{name}.ipynb').read_text())
+    return [cell for cell in notebook['cells'] if cell['cell_type'] == kind]
 
 
 def source(cell):
     return ''.join(cell['source'])
 
 
-@pytest.mark.parametrize('name', NOTEBOOKS)
-def test_notebooks_are_thin_and_rendered_in_order(name):
-    code = cells(name)
-    assert source(code[0]).startswith('# Parameters')
-    assert all('def ' not in source(cell) and source(cell).count('\n') < 20 for cell in code)
-    ran = [cell['execution_count'] for cell in code]
-    assert ran == list(range(1, len(code) + 1)), 'run `make figures`: the committed notebooks carry their outputs'
-    shown = sum('image/png' in output.get('data', {}) for cell in code for output in cell['outputs'])
-    assert shown == sum('style.save_png' in source(cell) for cell in code)
-    assert not any(output['output_type'] == 'error' for cell in code for output in cell['outputs'])
+def texts(cells):
+    """The text of every output of the cells, in order."""
+    found = []
+    for cell in cells:
+        for output in cell['outputs']:
+            text = output['text'] if output['output_type'] == 'stream' else output.get('data', {}).get('text/plain', '')
+            found.append(''.join(text))
+    return found
 
 
-def rates(table, values, width=None):
-    """The table with its runs (of one width, if given) at these peak rates in turn."""
-    table = table[table['D'] == width] if width else table
-    order = {run: i for i, run in enumerate(table['run'].unique())}
-    return table.assign(peak_lr=[values[order[run] % len(values)] for run in table['run']], seed=0.0 if width else table['seed'])
-
-
-@pytest.fixture(scope='module')
-def workplace(tmp_path_factory):
-    """A copy of figures/ beside planted logs under the names of our own."""
-    place = tmp_path_factory.mktemp('notebooks')
-    (place / 'figures').mkdir()
-    for file in [*FOLDER.glob('*.py'), *FOLDER.glob('*.ipynb')]:
-        shutil.copy(file, place / 'figures')
-    rng = np.random.default_rng(0)
-    linear = {'models': 5, 'seeds': 3, 'evals': 60}
-    for name, table in {
-        'laptop_mlp': power_law_table(rng, **linear),
-        'laptop_mlp_no_mup': power_law_table(rng, gamma=0.9, **linear),
-        'laptop_mlp_low_exponent': power_law_table(rng, gamma=0.9, **linear),
-        'laptop_mlp_high_exponent': power_law_table(rng, gamma=1.1, **linear),
-        'laptop_text': power_law_table(rng, **linear),
-        'laptop_text_const': power_law_table(rng, past=10.0, schedule='const', models=6, seeds=3, evals=60),
-        'laptop_mlp_const': power_law_table(rng, past=10.0, schedule='const', models=6, seeds=3, evals=60),
-        'laptop_mlp_schedules': planted_schedules(rng, evals=60),
-        'laptop_fault_horizon': power_law_table(rng, **linear).assign(T=lambda t: t.groupby('run')['tokens'].transform('max')),
-        'laptop_fault_lr': rates(power_law_table(rng, **linear), (5e-4, 2e-3)),
-        'laptop_lr': rates(power_law_table(rng, models=3, seeds=8, evals=60), 1e-3 * 2.0 ** np.arange(-4, 4), width=64),
-    }.items():
-        logs.write_parquet(table, place / f'logs/{name}.parquet', source='planted')
+def copy_of_the_code(place):
+    """figures/ and analysis/ copied below `place`, so that a run of a notebook does not write into the repository."""
+    for folder in ('figures', 'analysis'):
+        shutil.copytree(FOLDER.parent / folder, place / folder, ignore=shutil.ignore_patterns('__pycache__', 'png'))
     return place
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
-def test_notebooks_run_on_planted_logs(workplace, name):
-    """Top to bottom in a new interpreter; `make figures` does it in a kernel."""
+def test_notebooks_are_thin_and_were_run_in_order(name):
+    code = cells(name)
+    assert source(code[0]).startswith('# Parameters')
+    assert all('def ' not in source(cell) and source(cell).count('\n') < 20 for cell in code)
+    assert [cell['execution_count'] for cell in code] == list(range(1, len(code) + 1)), 'run `make figures`'
+    shown = sum('image/png' in output.get('data', {}) for cell in code for output in cell['outputs'])
+    assert shown == sum(source(cell).count('notebook.show(') for cell in code)
+    assert not any(output['output_type'] == 'error' for cell in code for output in cell['outputs'])
+
+
+@pytest.fixture(scope='module')
+def repository(tmp_path_factory):
+    place = copy_of_the_code(tmp_path_factory.mktemp('repository'))
+    (place / 'logs').symlink_to(FOLDER.parent / 'logs')
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_committed_outputs_are_those_of_a_fresh_run_on_the_shipped_logs(repository, monkeypatch, name):
+    """Figures are compared by name only: their bytes depend on the versions of Matplotlib and FreeType."""
+    monkeypatch.delenv('LOG', raising=False)
+    fresh = run_notebooks.execute(repository / f'figures/{name}.ipynb')
+    assert texts([cell for cell in fresh.cells if cell.cell_type == 'code']) == texts(cells(name)), 'run `make figures`'
+    drawn = {path.name for path in (repository / 'figures/png').glob('*.png')}
+    assert drawn and drawn <= {path.name for path in (FOLDER / 'png').glob('*.png')}
+
+
+def run_on(place, name, log):
+    """What the notebook prints when LOG names `log`, in a plain interpreter, which starts faster than a kernel."""
     script = 'import matplotlib\nmatplotlib.use("Agg")\n' + '\n'.join(source(cell) for cell in cells(name))
-    done = subprocess.run([sys.executable, '-c', script], cwd=workplace / 'figures', capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', script], cwd=place / 'figures', env=os.environ | {'LOG': log}, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    drawn = {path.name for path in (workplace / 'figures/png').glob('*.png')}
-    assert len(drawn) >= sum('style.save_png' in source(cell) for cell in cells(name))
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def other_logs(tmp_path_factory):
+    """The code, and planted logs: a ladder `mine` with the logs that belong to it, and a ladder `alone` in a .csv."""
+    place = copy_of_the_code(tmp_path_factory.mktemp('other'))
+    rng = np.random.default_rng(0)
+    for name, table in {'mine': power_law_table(rng, models=5, seeds=2, evals=60),
+                        'mine_const': power_law_table(rng, models=6, seeds=2, evals=60, past=10.0, schedule='const'),
+                        'mine_schedules': planted_schedules(rng, evals=60)}.items():
+        logs.write_parquet(table, place / f'logs/{name}.parquet', source='planted')
+    alone = power_law_table(rng, models=4, seeds=2, evals=40)
+    alone[['run', 'num_params', 'compute', 'lr', 'tau', 'test_loss']].to_csv(place / 'logs/alone.csv', index=False)
+    return place
+
+
+@pytest.mark.parametrize(('name', 'figure'), [
+    ('fit_optimal_horizon', 'mine_const_horizon'), ('schedule_laws', 'mine_schedules_schedule_laws'),
+    ('lr_schedules', 'mine_schedules_by_schedule')])
+def test_notebooks_find_the_log_of_their_kind_beside_the_ladder(other_logs, name, figure):
+    run_on(other_logs, name, 'logs/mine.parquet')
+    assert (other_logs / f'runs/figures/{figure}.png').exists()
+    assert not (other_logs / 'figures/png').exists(), 'the pictures of the shipped logs stay as they are'
+
+
+def test_logs_that_are_missing_are_skipped_with_one_line(other_logs):
+    said = run_on(other_logs, 'collapse', 'logs/alone.csv').splitlines()
+    missing = [line for line in said if line.startswith('skipped: there is no ')]
+    endings = ('const', 'no_mup', 'low_exponent', 'high_exponent')
+    assert missing == [f'skipped: there is no logs/alone_{ending}.csv' for ending in endings]
+    assert (other_logs / 'runs/figures/alone_collapse.png').exists()
