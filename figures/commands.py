@@ -1,4 +1,4 @@
-"""What the commands and notebooks share: options, reading a log, the verdict in words, JSON on stdout, saving a figure."""
+"""What the commands and notebooks share: options, reading a log, JSON on stdout, saving a figure."""
 
 import argparse
 import json
@@ -31,21 +31,6 @@ def read(args, keep_duplicates=False):
         table = logs.where(table, condition)
     table = logs.between_widths(table, args.min_width, args.max_width)
     return logs.clean(table, keep_duplicates)
-
-
-def verdict(result):
-    """The verdict on one ladder's collapse in one sentence, from the result of `collapse.analyse`."""
-    middle = int(np.argmin(np.abs(result['x'] - 0.5)))
-    delta, sigma, onset = result['delta'][middle], result['sigma'][middle], result['supercollapse_from']
-    if len(result['num_params']) == 1:
-        return 'no verdict: one model has nothing to collapse onto'
-    if not np.isfinite(result['sigma']).all():
-        return f'no verdict on supercollapse: a model has one seed (Δ = {delta:.2%} at half the compute)'
-    if np.isfinite(onset):
-        ci = result['supercollapse_from_ci']
-        interval = ' (90%: ' + ' to '.join(f'{x:.2f}' if np.isfinite(x) else 'never' for x in ci) + ')' if ci else ''
-        return f'supercollapse from x = {onset:.2f}{interval}: models then differ by less than the seeds of one model'
-    return f'no supercollapse: models differ by more than seeds do (at half the compute Δ = {delta:.2%}, σ = {sigma:.2%})'
 
 
 def plain(value):

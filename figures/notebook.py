@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
+from analysis import collapse
 from analysis import table as logs
 from figures import style
-from figures.commands import verdict
 
 
 def read(path):
@@ -64,9 +64,10 @@ def compare_ladders(results):
     interval = results[first]['delta_ci']
     low, high = np.array(interval)[:, middle[first]] if interval is not None else (np.nan, np.nan)
     apart = {name: '' if interval is None else 'no' if low <= delta[name] <= high else 'yes' for name in others}
-    print('\n'.join(f'{name}: {verdict(result)}' for name, result in results.items()))
-    return pd.DataFrame({'Δ(0.5)': delta, 'times the first': {name: delta[name] / delta[first] for name in others},
-                         f'outside [{low:.4f}, {high:.4f}]': apart}, index=list(results)).round(4).fillna('')
+    print('\n'.join(f'{name}: {collapse.verdict_in_words(result)}' for name, result in results.items()))
+    return pd.DataFrame({'Δ(0.5)': {name: f'{value:.4f}' for name, value in delta.items()},
+                         'times the first': {name: f'{delta[name] / delta[first]:.2f}' for name in others},
+                         f'outside [{low:.4f}, {high:.4f}]': apart}, index=list(results)).fillna('')
 
 
 def most_schedules(table):

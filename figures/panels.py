@@ -11,7 +11,6 @@ from analysis import reproduced as reproducing
 from analysis import schedules as scheduling
 from analysis.columns import PETA
 from figures import style
-from figures.commands import verdict
 
 SEED_BAND = (5, 95)  # percentiles of the band over seeds; with five seeds this is close to their full range
 NORMALISED_COMPUTE = 'normalised compute x = C/C*'
@@ -93,7 +92,7 @@ def collapse(table, result):
     """Figs. 1a-c of one ladder, under the verdict in words."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.5))
     _ladder_row(axes, table, result)
-    figure.suptitle(verdict(result), fontsize=10, fontweight='bold')
+    figure.suptitle(collapsing.verdict_in_words(result), fontsize=10, fontweight='bold')
     return figure
 
 
@@ -102,7 +101,7 @@ def ladders(results):
     figure = plt.figure(figsize=(11, 3.4 * len(results)))
     for part, (name, (table, result)) in zip(np.ravel(figure.subfigures(len(results), 1)), results.items(), strict=True):
         _ladder_row(part.subplots(1, 3), table, result)
-        part.suptitle(f'{name}: {verdict(result)}', fontsize=10, fontweight='bold')
+        part.suptitle(f'{name}: {collapsing.verdict_in_words(result)}', fontsize=10, fontweight='bold')
     return figure
 
 
