@@ -32,7 +32,8 @@ def draw_panel(axis, x, rows, label):
     dominated = np.flatnonzero(matmul > step / 2)
     if len(dominated):
         axis.axvline(x[dominated[0]], color=style.GREY, lw=1)
-        axis.text(x[dominated[0]], axis.get_ylim()[0], ' over half', rotation=90, va='bottom', ha='right', color=style.GREY)
+        axis.annotate('over half', (x[dominated[0]], 0.02), xycoords=('data', 'axes fraction'), xytext=(-3, 0),
+                      textcoords='offset points', rotation=90, va='bottom', ha='right', color=style.GREY)
 
 
 def draw(rows):

@@ -27,16 +27,17 @@ def _draw_law(axis, table, result):
     curves = collapsing.curves(table, np.geomspace(1e-3, 1, 200) if first <= 1e-3 else collapsing.GRID)
     for i, colour in enumerate(style.colours(p)):
         axis.plot(result['compute'][i] * curves.x / PETA, curves.loss[curves.model == i].mean(0), color=colour, lw=1)
-    axis.plot(result['compute'] / PETA, result['final_loss'], 'o', ms=4, color='black', zorder=5, label='end of training')
+    axis.plot(result['compute'] / PETA, result['final_loss'], 'o', ms=4, color='black', zorder=5, label='horizon C*')
     if np.isfinite(fit['b']):
         C = np.geomspace(result['compute'].min() / 3, result['compute'].max() * 3, 100)
         axis.plot(C / PETA, scaling_law.predict(scaling_law.Law(fit['a'], fit['b'], fit['L0']), C), '--', color='black', lw=1,
                   label=rf'${fit["L0"]:.3g} + {fit["a"]:.3g}\,C^{{-{fit["b"]:.3f}}}$')
     axis.set(xscale='log', yscale='log', xlabel='compute C (PFLOPs)', ylabel='test loss', title='scaling law')
-    axis.set_ylim(result['final_loss'].min() * 0.93, curves.loss[:, np.searchsorted(curves.x, max(0.01, 2 * curves.x[0]))].max())
+    least, early = result['final_loss'].min(), curves.loss[:, np.searchsorted(curves.x, max(0.01, 2 * curves.x[0]))].max()
+    axis.set_ylim(least * (least / early) ** 0.35, early)  # room for the legend below the curves
     axis.set_xlim(result['compute'].min() / PETA * 5e-3, result['compute'].max() / PETA * 3)
     style.plain_log(axis.yaxis)
-    axis.legend()
+    axis.legend(loc='lower left', fontsize=7)
 
 
 def _draw_collapse(axis, curves, L0):
@@ -61,21 +62,25 @@ def _draw_tolerance(axis, result):
     x, has_seeds = result['x'], np.isfinite(result['sigma']).any()
     axis.plot(x[:-1], result['delta'][:-1], color=style.BLUE, label=r'tolerance $\Delta$')
     if has_seeds:
-        axis.plot(x[:-1], result['within'][:-1], ':', color=style.BLUE, lw=1, label=r'$\Delta$ within models')
-        axis.plot(x[:-1], result['between'][:-1], '--', color=style.BLUE, lw=1, label=r'$\Delta$ between models')
+        axis.plot(x[:-1], result['within'][:-1], ':', color=style.BLUE, lw=1, label='within models')
+        axis.plot(x[:-1], result['between'][:-1], '--', color=style.BLUE, lw=1, label='between models')
         axis.plot(x, result['sigma'], color=style.RED, label=r'noise floor $\sigma$')
     for name, colour in (('delta_ci', style.BLUE), ('sigma_ci', style.RED)):
         if result[name] is not None:
             axis.fill_between(x[:-1], *np.array(result[name])[:, :-1], color=colour, alpha=0.18, lw=0)
-    onset, title = result['supercollapse_from'], 'one seed a model: no noise floor'
+    onset = result['supercollapse_from']
     if has_seeds:
-        title = rf'$\Delta < \sigma$ from x = {onset:.2f}' if np.isfinite(onset) else r'$\Delta$ does not stay below $\sigma$'
+        ci = [f'{value:.2f}' if np.isfinite(value) else 'never' for value in result['supercollapse_from_ci'] or ()]
+        title = (f'from x = {onset:.2f}' if np.isfinite(onset) else 'never') + (f' (90%: {ci[0]} to {ci[1]})' if ci else '')
+        title = r'$\Delta < \sigma$ ' + title
+    else:
+        title = rf'$\Delta$(0.5) = {result["delta"][np.argmin(np.abs(x - 0.5))]:.4f}, no $\sigma$ with one seed'
     if np.isfinite(onset):
         axis.axvline(onset, color=style.GREY, lw=0.8)
     axis.set(xlabel=NORMALISED_COMPUTE, ylabel='relative deviation', xlim=(0, 1), yscale='log', title=title)
     shown = np.concatenate([result['delta'][(x > 0.1) & (x < 0.985)], result['sigma'][np.isfinite(result['sigma'])]])
     axis.set_ylim(shown.min() * 0.15, shown.max() * 2)
-    axis.legend(fontsize=7, loc='lower left', ncols=2 if has_seeds else 1)
+    axis.legend(fontsize=7, loc='lower left', ncols=2 if has_seeds else 1, columnspacing=1, handlelength=1.6)
 
 
 def _ladder_row(axes, table, result):
@@ -90,7 +95,7 @@ def _ladder_row(axes, table, result):
 
 def collapse(table, result):
     """Figs. 1a-c of one ladder, under the verdict in words."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.5))
+    figure, axes = plt.subplots(1, 3, figsize=(9.8, 3.3))
     _ladder_row(axes, table, result)
     figure.suptitle(collapsing.verdict_in_words(result), fontsize=10, fontweight='bold')
     return figure
@@ -98,10 +103,10 @@ def collapse(table, result):
 
 def ladders(results):
     """Figs. 1a-c of several ladders, one row each, each under its name and verdict. `results` is {name: (table, result)}."""
-    figure = plt.figure(figsize=(11, 3.4 * len(results)))
+    figure = plt.figure(figsize=(9.8, 3.2 * len(results)))
     for part, (name, (table, result)) in zip(np.ravel(figure.subfigures(len(results), 1)), results.items(), strict=True):
         _ladder_row(part.subplots(1, 3), table, result)
-        part.suptitle(f'{name}: {collapsing.verdict_in_words(result)}', fontsize=10, fontweight='bold')
+        part.suptitle(f'{name} – {collapsing.verdict_in_words(result)}', fontsize=10, fontweight='bold')
     return figure
 
 
@@ -321,14 +326,15 @@ def _draw_schedule(axis, drawn, alpha):
 
 def reproduced(table, same, L0):
     """A run and the published seeds of its model: losses, and relative distances from the published mean, raw and normalised."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.3))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.8, 3.1))
     for one, look in ((same, {'color': style.GREY, 'lw': 0.8}), (table, {'color': style.RED, 'lw': 1.2})):
         for _, rows in one.groupby('run', sort=False):
             left.plot(rows['compute'] / PETA, rows['test_loss'], **look)
     result = reproducing.compare(table, same, L0, reproducing.evaluations(table))
+    off = result['off'][-1]
     left.set(xscale='log', yscale='log', xlabel='compute C (PFLOPs)', ylabel='test loss',
-             title=f'p = {style.count(same["num_params"].iloc[0])}, final loss {result["loss"][-1]:.5f}, '
-                   f'{result["off"][-1]:+.1f} sd')
+             title=f'p = {style.count(same["num_params"].iloc[0])}, final loss {result["loss"][-1]:.5f}:\n{abs(off):.1f} sd '
+                   f'{"above" if off > 0 else "below"} the published mean')
     style.plain_log(left.yaxis)
     for axis, own, seeds, name in ((middle, result['loss'] / result['published'] - 1, result['each_seed'], 'loss'),
                                    (right, result['distance'], result['each_distance'], r'normalised loss $\ell$')):

@@ -51,7 +51,7 @@ def parameter_bar(axes, p, label='parameters p'):
     in_use = mpl.colors.ListedColormap(PLASMA(np.linspace(DARKEST, LIGHTEST, 256)))
     mappable = mpl.cm.ScalarMappable(mpl.colors.LogNorm(p.min(), p.max()), in_use)
     bar = np.ravel(axes)[0].figure.colorbar(mappable, ax=axes, label=label, pad=0.02)
-    bar.ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if p.max() < 1000 * p.min() else (1,)))
     bar.ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count(value)))
     bar.ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     return bar
