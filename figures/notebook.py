@@ -68,15 +68,3 @@ def compare_ladders(results):
     return pd.DataFrame({'Δ(0.5)': {name: f'{value:.4f}' for name, value in delta.items()},
                          'times the first': {name: f'{delta[name] / delta[first]:.2f}' for name in others},
                          f'outside [{low:.4f}, {high:.4f}]': apart}, index=list(results)).fillna('')
-
-
-def most_schedules(table):
-    """The runs of one model, horizon and seed: those under which the log has the most schedules (the first of equals)."""
-    ends = logs.runs(table)
-    keys = [column for column in ('num_params', 'B', 'peak_lr', 'step', 'seed') if column in ends and ends[column].notna().all()]
-    kinds = [column for column in ('schedule', 'decay_frac') if column in ends]
-    count = {place: len(rows[kinds].drop_duplicates()) for place, rows in ends.groupby(keys)}
-    place = max(count, key=count.get)
-    print(', '.join(f'{key} = {value:g}' for key, value in zip(keys, place, strict=True)))
-    chosen = (ends[keys] == list(place)).all(axis=1)
-    return table[table['run'].isin(ends.index[chosen])]
