@@ -17,11 +17,11 @@ setup: .venv/complete ## build .venv from requirements.lock (Python 3.11 or newe
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
-demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (about 5 minutes on 2 cores)
+demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (about 2 minutes on 2 cores)
 	$(RUN) -m experiments.run experiments/demo.yaml
 	$(RUN) -m figures collapse runs/demo --out runs/demo/collapse.png
 
-reproduce: .venv/complete ## train every laptop experiment (hours on 2 cores; goes on where it stopped), save the logs, draw the figures
+reproduce: .venv/complete ## train every laptop experiment (hours on 2 cores; resumes where it stopped), save the logs, draw the figures
 	$(RUN) -m experiments.package_text pandas
 	for sweep in experiments/laptop_*.yaml; do $(RUN) -m experiments.run $$sweep wandb_mode=disabled || exit; done
 	for tag in $$(ls runs | grep ^laptop_); do $(RUN) save_logs.py --runs runs --tag $$tag || exit; done
