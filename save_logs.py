@@ -101,7 +101,9 @@ def with_retries(request, purpose):
         try:
             return request(wandb.Api(timeout=60))
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-            raise logs.LogError(f'W&B, {purpose}: {_first_line(error).rstrip(".")}; to log in, run  wandb login') from None
+            message = _first_line(error).rstrip('.')
+            hint = '' if 'wandb login' in message else '; log in with `wandb login`'
+            raise logs.LogError(f'W&B, {purpose}: {message}{hint}') from None
         except (wandb.errors.CommError, requests.exceptions.RequestException, TimeoutError, ValueError) as error:
             if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.RequestException):
                 raise logs.LogError(f'W&B, {purpose}: {_first_line(error)}') from None  # the project does not exist

@@ -1,4 +1,4 @@
-"""Planted logs for the tests of the analysis: tables whose truth is known, and where the authors' logs are, if anywhere."""
+"""Planted logs for the tests of the analysis, whose true parameters are known, and the path of the authors' logs."""
 
 import os
 from pathlib import Path
@@ -11,19 +11,19 @@ from analysis import table as logs
 
 
 def paper_log(name):
-    """Path of one of the authors' logs, or skip: they are not ours to ship."""
+    """Path of one of the authors' logs, which are not in this repository. The test is skipped where the file is missing."""
     shared = os.environ.get('SUPERCOLLAPSE_SHARED')
     path = (Path(shared) / 'paper_logs' if shared else Path(logs.__file__).parent.parent / 'logs/paper') / f'{name}.pkl'
     if not path.exists():
-        pytest.skip(f'needs the authors\' log:  sh download_paper_logs.sh {name}')
+        pytest.skip(f'needs the authors\' log:  sh logs/download_paper_logs.sh {name}')
     return path
 
 
 def power_law_table(rng, models=6, seeds=4, offset=2e-3, jitter=1e-3, L0=0.1, exponent=0.5, past=1.0, evals=150,
                     schedule='linear', gamma=1.0):
-    """L = L0 + 30·t^(-½) + 30·p^(-½), each seed off by `offset` (relative, a whole run) and `jitter` (an evaluation).
+    """A log of L = L0 + 30·t^(-½) + 30·p^(-½) with relative noise: `offset` for a whole run, `jitter` for each evaluation.
 
-    t* = p^gamma; runs end at `past`·t*. With gamma 1 both terms balance: compute-optimal C* = 6p², exact collapse.
+    The horizon is t* = p^gamma, and runs end at `past`·t*. For gamma = 1 the terms balance, C* = 6p², and the collapse is exact.
     """
     rows = []
     for D, p in zip(2 ** np.arange(5, 5 + models), np.geomspace(1e6, 3e7, models), strict=True):
@@ -42,8 +42,8 @@ def power_law_table(rng, models=6, seeds=4, offset=2e-3, jitter=1e-3, L0=0.1, ex
     return logs.tidy(pd.concat(rows, ignore_index=True))
 
 
-def law_points(rng, a=0.04, b=0.16, L0=0.0013, models=8, seeds=5, noise=3e-3, L0_share=None):
-    """Compute-optimal points of the law L0 + a·(C/1e15)^(-b) with relative seed noise, as scaling_law.Points."""
+def law_points(rng, a=0.04, b=0.16, L0=0.0013, models=8, seeds=5, noise=3e-3):
+    """The scaling_law.Points of the law L0 + a·(C/1e15)^(-b), with relative noise of the seeds."""
     from analysis.scaling_law import Points
     compute = np.geomspace(1e15, 1e18, models)
     loss = L0 + a * (compute / 1e15) ** -b
@@ -52,11 +52,11 @@ def law_points(rng, a=0.04, b=0.16, L0=0.0013, models=8, seeds=5, noise=3e-3, L0
 
 
 def random_ladder(rng, models=None, seeds=None, evals=60, drift=0.004):
-    """A ladder of a random law, noise and size.
+    """(table, L0) of a ladder with a random law, noise and size.
 
-    L - L0 = (A·t^(-α) + B·p^(-β))·(1 + c·η)·corrections with t* ∝ p^γ, αγ = β: b = αγ/(1 + γ), 0.07 to 0.27. Corrections to
-    scaling fade with p and t; ℓ drifts by `drift` (relative, a nat of compute and of x). A run's noise has a part that stays, one
-    that is remembered for a while and a white one; a model's seeds share some of it. Returns the table and L0.
+    L - L0 = (A·t^(-α) + B·p^(-β))·(1 + c·η)·corrections, with t* ∝ p^γ and αγ = β, so that b = αγ/(1 + γ) is 0.07 to 0.27. The
+    corrections to scaling vanish with growing p and t. ℓ changes by `drift` (relative, per unit of log compute and of log x). The
+    noise of a run has a constant part, a part correlated in log x and a white part; the seeds of a model share some of it.
     """
     models, seeds = models or rng.integers(4, 9), seeds or rng.integers(1, 6)
     alpha, gamma, step = rng.uniform(0.15, 0.5), rng.uniform(0.8, 1.2), rng.uniform(1.3, 2.2)

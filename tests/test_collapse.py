@@ -1,4 +1,4 @@
-"""Normalisation, Δ and σ hold the paper's identities, exact laws collapse, seed noise gives the verdict it should."""
+"""Normalisation, Δ and σ obey the paper's identities; exact laws collapse; the verdict follows from the noise of the seeds."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def test_exact_power_laws_collapse_and_at_another_exponent_do_not():
     assert collapse.spread(wrong, 0.1).delta[9:].max() > 1e-2
 
 
-def test_another_floor_breaks_the_collapse():
+def test_a_wrong_L0_breaks_the_collapse():
     exact = collapse.curves(planted(offset=0, jitter=0, seeds=1))
     for floor in (0.0, 0.05, 0.11):
         assert collapse.spread(exact, floor).delta[20:].max() > 1e-3
@@ -49,7 +49,7 @@ def test_variance_splits_between_and_within_models():
         np.testing.assert_allclose(sigma, reducible.std(0, ddof=ddof) / reducible.mean(0), rtol=1e-6)
 
 
-def test_models_count_alike_whatever_their_seeds():
+def test_every_model_has_the_same_weight_whatever_its_number_of_seeds():
     table = planted(models=4, seeds=4)
     fewer = table[~table['run'].isin(['D32-s1', 'D32-s2', 'D32-s3'])]
     curves = collapse.curves(fewer)
@@ -59,11 +59,11 @@ def test_models_count_alike_whatever_their_seeds():
 
 
 def test_noise_shared_along_a_run_gives_supercollapse_and_independent_noise_does_not():
-    """§3.3: seeds that differ by a factor that stays cancel in ℓ; fluctuations that are forgotten at once do not."""
+    """§3.3: a constant factor of a seed cancels in ℓ. Fluctuations that are independent from one evaluation to the next do not."""
     shared, _ = collapse.analyse(planted(offset=5e-3, jitter=2e-4, seeds=5), draws=20)
     assert shared['supercollapse_from'] < 0.5
-    forgotten = collapse.curves(planted(offset=0, jitter=5e-3, seeds=5))
-    result = collapse.spread(forgotten, 0.1)
+    independent = collapse.curves(planted(offset=0, jitter=5e-3, seeds=5))
+    result = collapse.spread(independent, 0.1)
     assert (result.delta[:-1] > result.sigma.mean(0)[:-1]).mean() > 0.9           # √2 larger, by the end's own noise
 
 
@@ -87,7 +87,7 @@ def test_L0_and_seeds_both_reach_the_intervals():
 
 
 def test_sigma_interval_covers_the_planted_noise():
-    """100 planted ladders: the 90% interval of σ, averaged over models, holds the truth in 80 to 97% of them."""
+    """100 planted ladders: the 90% interval of σ, averaged over models, contains the truth in 80 to 97% of them."""
     rng, hits = np.random.default_rng(0), []
     for seed in range(100):
         loss = 1 + 5e-3 * rng.normal(size=(40, 2))                              # 8 models of 5 seeds, L0 0, no decay

@@ -1,4 +1,4 @@
-"""The horizon fit recovers a planted C*, covers it, and refuses what cannot carry it."""
+"""The horizon fit recovers a planted C*, its intervals cover it, and it refuses logs with too little data."""
 
 import json
 
@@ -14,12 +14,12 @@ SCALE, EXPONENT = np.sqrt(1e15 / 6), 2.0  # planted: C* = 6p² = 1e15·(p / SCAL
 
 
 def planted(seed=0, seeds=3, past=10.0, **options):
-    """Constant-rate runs of the planted law, each trained past its own C* = 6p², far enough for its neighbours to cross."""
+    """Constant-rate runs of the planted law that go beyond their C* = 6p², far enough for the curves of neighbours to cross."""
     return power_law_table(np.random.default_rng(seed), seeds=seeds, past=past, schedule='const', **options)
 
 
 def noisy_curves(rng, models=8, seeds=5, offset=3e-3, jitter=5e-3, nu=0.5):
-    """horizon.Curves of L = 0.1 + 30·t^(-½) + 30·p^(-ν), whose C* is known, without a table's overhead; and the truth."""
+    """horizon.Curves of L = 0.1 + 30·t^(-½) + 30·p^(-ν), and its scale and exponent."""
     p = np.geomspace(1e6, 3e7, models)
     gamma = nu / 0.5
     horizon_of = lambda q: gamma ** -2 * q ** gamma  # noqa: E731  from µ·t^(-µ) = ν·p^(-ν), µ = ½ (eq. 6)
@@ -50,7 +50,7 @@ def test_horizon_helpers_agree():
 
 
 def test_coverage_of_the_90_percent_intervals():
-    """200 planted ladders: scale and exponent lie in their intervals in 80 to 97%, and neither estimate is biased."""
+    """200 planted ladders: the intervals contain scale and exponent in 80 to 97%, and neither estimate is biased."""
     hits, errors = [], []
     for seed in range(200):
         curves, scale, exponent = noisy_curves(np.random.default_rng(seed), nu=0.45)
@@ -63,7 +63,7 @@ def test_coverage_of_the_90_percent_intervals():
     assert (np.abs(np.mean(errors, 0)) < 0.5 * np.std(errors, 0)).all()
 
 
-def test_one_seed_has_intervals_from_the_models_alone():
+def test_with_one_seed_the_intervals_come_from_the_models():
     found = horizon.fit(horizon.smooth_curves(planted(seeds=1)))
     assert found.seeds == 1 and np.isnan(found.spread).all() and np.ptp(found.exponent_ci) > 0
 

@@ -1,4 +1,4 @@
-"""Exact power laws collapse at γ* and nowhere else; the phases' exponents balance their terms."""
+"""Exact power laws collapse at γ* and at no other exponent; the exponents of the phases balance their terms."""
 
 import numpy as np
 import pytest

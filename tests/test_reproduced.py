@@ -1,4 +1,4 @@
-"""A run trained again lies among the seeds of the published ones, and one that was scaled otherwise does not."""
+"""A seed that is left out lies among the other seeds of its model, and a shifted loss does not."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_a_seed_left_out_lies_among_the_others(planted):
     assert np.abs(result['distance'][:-1] / result['noise'][:-1]).max() < 4.5
 
 
-def test_a_loss_too_high_is_told_in_standard_deviations(planted):
+def test_a_shift_of_the_loss_is_given_in_standard_deviations(planted):
     own, ladder, L0 = planted
     same = reproduced.same_model(own, ladder)
     before = reproduced.compare(own, same, L0)
@@ -48,7 +48,7 @@ def test_what_cannot_be_compared_is_refused(planted):
 
 
 def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
-    """One of the authors' seeds against all five: the nearest that a comparison with their log can be tested."""
+    """One of the authors' seeds is compared with all five."""
     path = paper_log('mlp')
     ladder, _, _ = table.clean(table.load(path))
     name = ladder[ladder['D'] == 384]['run'].iloc[0]

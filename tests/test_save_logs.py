@@ -45,7 +45,8 @@ def test_from_folders(tmp_path):
     whole = logs.clean(logs.load(tmp_path / 'runs'))[0]
     np.testing.assert_array_equal(np.sort(table['test_loss']), np.sort(whole['test_loss']))
     origin = json.loads(pq.read_schema(out).metadata[logs.METADATA_KEY])
-    assert (origin['revision'], origin['device'], origin['hours']) == (['abc1234'], ['cpu'], 0.2)  # two seeds trained together in 720 s
+    assert (origin['revision'], origin['device']) == (['abc1234'], ['cpu'])
+    assert origin['hours'] == 0.2                                               # two runs of two seeds each, 720 s together
 
 
 @pytest.mark.parametrize('arguments, words', [

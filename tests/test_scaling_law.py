@@ -1,4 +1,4 @@
-"""The fit finds the least Huber loss, recovers planted laws within its intervals, and says when L0 cannot be known."""
+"""The fit finds the smallest Huber loss, its intervals cover planted laws, and it says where L0 is not identified."""
 
 
 import numpy as np
@@ -12,7 +12,7 @@ from tests.logs_of import law_points, paper_log
 
 
 def many_starts(compute, loss, starts, seed=0):
-    """The reference: L-BFGS on (log a, b, log L0) from many random starts, as the field does it."""
+    """The smallest objective of L-BFGS on (log a, b, log L0) from many random starts, as is usual for scaling laws."""
     u, y = np.log(compute / 1e15), np.log(loss)
 
     def objective(t):
@@ -66,7 +66,7 @@ def test_unit_of_compute_does_not_matter():
 
 
 def test_coverage_of_the_90_percent_interval():
-    """200 planted data sets: the truth lies in the bootstrap interval in 80 to 97% of them, for a, b and L0."""
+    """200 planted data sets: the bootstrap intervals of a, b and L0 contain the truth in 80 to 97% of them."""
     truth = {'a': 0.3, 'b': 0.12, 'L0': 0.5}
     sets = [law_points(np.random.default_rng(seed), **truth, noise=1e-3) for seed in range(200)]
     start = law.fit(sets[0].compute, sets[0].loss)  # where the refits start, as `bootstrap` starts them from the data's fit
@@ -79,7 +79,7 @@ def test_coverage_of_the_90_percent_interval():
 
 
 def test_L0_profile():
-    """Clean data identify L0 and the profile covers it; noisy data over a short range do not, and it says so."""
+    """Precise data identify L0, and the profile covers it. Noisy data over a short range do not."""
     sharp = law.profile(law_points(np.random.default_rng(3), a=0.3, b=0.12, L0=0.5, noise=1e-4))
     assert sharp.identifiable and sharp.ci[0] <= 0.5 <= sharp.ci[1]
     assert not law.profile(law_points(np.random.default_rng(3), L0=0.0, noise=1e-2)).identifiable

@@ -84,15 +84,17 @@ def test_planted_alpha_without_noise():
 
 
 def test_a_warm_up_is_no_decay():
-    """Runs and their reference warm up alike. Counted as a decay without effect, a warm-up of 2% would take α down by several %."""
+    """Runs and their reference have the same warm-up. If it counted as a decay without effect, α would be several % too small."""
     aligned, _ = schedules.align(planted(np.random.default_rng(0), noise=0, evals=2000, warmup=400))
     assert not any(one.decaying[one.x < 0.02].any() for one in aligned)
     assert schedules.fit(aligned).alpha == pytest.approx(0.27, rel=2e-3)
 
 
 def test_coverage_of_the_90_percent_interval():
-    """200 planted logs, every run off by more than its evaluations scatter, the reference's offset shared by all the runs
-    beside it: the interval holds the truth in 80 to 97%."""
+    """200 planted logs: the interval contains the truth in 80 to 97%.
+
+    A run has an offset beside the noise of its evaluations. The runs paired with one reference share the offset of the reference.
+    """
     rng, hits = np.random.default_rng(0), []
     exact = schedules.align(planted(rng, noise=0, sizes=np.geomspace(1e6, 1e7, 6), evals=40))[0]
     for _ in range(200):
@@ -118,7 +120,7 @@ def test_prediction_is_tested_on_schedules_left_out():
     rows = schedules.leave_one_out(schedules.align(planted(np.random.default_rng(1)))[0])
     assert {(row['schedule'], row['decay_frac']) for row in rows} == {(s, d) for s in SHAPES if s != 'const' for d in (1, 0.2)}
     for row in rows:
-        assert row['runs'] == 2 and row['error'] < 0.06 < 0.2 < row['no_noise_term']  # the control: without the noise term
+        assert row['runs'] == 2 and row['error'] < 0.06 < 0.2 < row['no_noise_term']  # control: no noise term
 
 
 def test_alignment_is_at_equal_tau():
@@ -136,7 +138,7 @@ def test_smoothing_has_its_half_life():
     np.testing.assert_allclose(schedules.smooth(x, np.full_like(x, 3.0)), 3.0)
 
 
-def test_what_is_missing_is_said():
+def test_what_is_missing_is_an_error_or_a_note():
     table = planted(np.random.default_rng(3))
     with pytest.raises(logs.LogError, match='needs Buvar'):
         schedules.align(table.drop(columns='Buvar'))
@@ -184,8 +186,11 @@ def test_shipped_log():
 
 
 def test_another_schedule_from_constant_rate_curves_alone():
-    """Planted: Tr Σ = 0.5·p^0.2 of the reducible loss τ^(-½). A linear run is 1 - α·(1 - η)·share of that at τ = x - x²/2, at half
-    the horizon of τ/2; its share is extrapolated in p. Controls: without noise nothing but τ counts; a longer run is refused."""
+    """Tr Σ is 0.5·p^0.2 times the reducible loss τ^(-½), and the ratio is extrapolated in p.
+
+    A linear run has 1 - α·(1 - η)·share times the constant-rate loss at τ = x - x²/2, or at half of that τ for half the horizon.
+    Controls: without noise only τ counts, and a run that is too long is refused.
+    """
     x = np.arange(1, 101) / 100
     rows = [pd.DataFrame({'run': f'p{p}', 'schedule': 'const', 'num_params': p, 'compute': x * p, 'test_loss': 1 + x ** -0.5,
                           'Buvar': 0.5 * p ** 0.2 * x ** -0.5}) for p in (1.0, 2.0, 4.0)]

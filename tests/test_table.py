@@ -1,4 +1,4 @@
-"""Every kind of log becomes the same table; what is damaged, foreign or dangerous is refused in one line."""
+"""Every kind of log gives the same table. Damaged, foreign and dangerous files are refused with one line."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_a_crafted_pickle_is_refused_by_name_and_nothing_runs(tmp_path, monkeypa
     with pytest.raises(logs.LogError, match='posix.mkdir.*nothing was executed'):
         logs.load(write(frame, tmp_path / 'log.pkl'))
     assert not (tmp_path / 'attacked').exists()
-    pickle.loads(pickle.dumps(Attack()))                                        # the control: it does run elsewhere
+    pickle.loads(pickle.dumps(Attack()))                                        # control: pickle does run it
     assert (tmp_path / 'attacked').exists()
 
 
@@ -151,7 +151,7 @@ def test_a_folder_of_runs(tmp_path):
 
 
 def test_a_run_of_few_steps_ends_at_its_horizon():
-    """T of 50.9 tokens is 50 steps of one: x = 1 is the last of them, not 1.8% beyond."""
+    """T = 50.9 tokens is 50 steps of one token. x = 1 is the last step and not 1.8% later."""
     rows = [{'step': i, 'tokens': i, 'compute': 6.0 * 100 * i, 'test_loss': 3 / (1 + i)} for i in range(51)]
     setting = {'scale': 1.0, 'exponent': 2.0, 'T': 50.9, 'model': {'L': 1}, 'opt': {'B': 1},
                'derived': {'num_params': 100, 'compute': 6.0 * 100 * 50}}
@@ -164,7 +164,7 @@ def test_a_csv_that_knows_T_but_not_p():
     assert len(logs.clean(logs.tidy(table))[0]) == 20
 
 
-def test_a_broken_line_in_the_middle_is_no_kill(tmp_path):
+def test_a_broken_line_that_is_not_the_last_is_an_error(tmp_path):
     run_folder(tmp_path / 'a', [3.0])
     (tmp_path / 'a/history.jsonl').write_text('{"step": 0, "te\n{"step": 1, "test_loss": 1}\n')
     with pytest.raises(logs.LogError, match='history.jsonl:1'):
@@ -181,7 +181,7 @@ def test_parquet_round_trip_is_exact_and_repeatable(tmp_path):
     assert back.attrs['source'] == 'planted' and back['Buvar'].isna().all()
 
 
-def test_csv_of_somebodys_own_curves(tmp_path):
+def test_csv_of_loss_curves_from_elsewhere(tmp_path):
     (tmp_path / 'c.csv').write_text('run,p,tokens,loss,lr\n1,1e6,1e7,3.0,0.1\n1,1e6,2e7,2.5,0.05\n')
     table = logs.load(tmp_path / 'c.csv')
     np.testing.assert_allclose(table['compute'], [6e13, 1.2e14])
