@@ -95,7 +95,6 @@ def with_retries(request, purpose):
 
     Each request has a new Api, because an old one returns what it has cached.
     """
-    import requests
     import wandb
     for attempt in range(ATTEMPTS):
         try:
@@ -104,13 +103,13 @@ def with_retries(request, purpose):
             message = _first_line(error).rstrip('.')
             hint = '' if 'wandb login' in message else '; log in with `wandb login`'
             raise logs.LogError(f'W&B, {purpose}: {message}{hint}') from None
-        except (wandb.errors.CommError, requests.exceptions.RequestException, TimeoutError, ValueError) as error:
-            if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.RequestException):
-                raise logs.LogError(f'W&B, {purpose}: {_first_line(error)}') from None  # the project does not exist
+        except (wandb.errors.CommError, OSError) as error:  # the exceptions of requests are OSErrors
             if attempt == ATTEMPTS - 1:
                 raise logs.LogError(f'W&B, {purpose}: {_first_line(error)} (tried {ATTEMPTS} times)') from None
             print(f'note: {purpose}: {_first_line(error)}; trying again in {2 ** attempt} s', file=sys.stderr)
             time.sleep(2 ** attempt)
+        except ValueError as error:  # the project does not exist
+            raise logs.LogError(f'W&B, {purpose}: {_first_line(error)}') from None
 
 
 def _first_line(error):
