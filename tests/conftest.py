@@ -1,7 +1,8 @@
-"""What several test files share: small resolved runs, made as the command line makes them, and a small folder of tokens."""
+"""Fixtures that several test files use: small runs, composed as the command line composes them, and small data sets."""
 import importlib.util
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,18 +10,15 @@ import hydra
 import numpy as np
 import pytest
 
-import train
 from trainer import config, process
 
-CONFIGS = Path(train.__file__).parent / 'configs'
-
-# Most of what the tests wait for is the compiler, and their programs run for milliseconds. One device, unless a test says
-# otherwise. Subprocesses inherit it.
+# The tests wait mostly for the compiler, and their programs run for milliseconds. They use one device unless a test says otherwise.
+# Subprocesses inherit these settings.
 COMPILE_QUICKLY = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 os.environ['JAX_NUM_CPU_DEVICES'] = '1'
 os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_QUICKLY}".strip()
 
-# A run of 20 steps that takes milliseconds once compiled.
+# Runs of 20 steps, which take milliseconds once compiled.
 SMALL_MLP = ('mlp', 'model.D=16', 'model.base_D=16', 'model.N=1', 'opt.B=32', 'opt.lr=0.003', 'opt.readout_lr_mult=1', 'T=640',
              'T_eval=64', 'num_evals=6', 'wandb_mode=disabled')
 SMALL_TRANSFORMER = ('chess', 'model.D=32', 'model.base_D=32', 'model.dh=16', 'model.N=1', 'model.L=16', 'opt.B=8', 'opt.lr=0.01',
@@ -29,18 +27,18 @@ SMALL_TRANSFORMER = ('chess', 'model.D=32', 'model.base_D=32', 'model.dh=16', 'm
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache():
-    """Compiled programs are kept from one test run to the next, in .jax_cache/."""
+    """Keeps compiled programs in .jax_cache/ for the next test session."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(CONFIGS.parent / '.jax_cache'))
+        patch.setenv('XDG_CACHE_HOME', str(config.CONFIGS.parent / '.jax_cache'))
         process.enable_compilation_cache()
         yield
 
 
 @pytest.fixture(scope='session')
 def compose():
-    """compose(name, *overrides) -> the mapping that Hydra makes of configs/NAME.yaml and overrides."""
+    """compose(name, *overrides) -> what Hydra composes from configs/NAME.yaml and the overrides."""
     def composed(name, *overrides):
-        with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        with hydra.initialize_config_dir(str(config.CONFIGS), version_base=None):
             return hydra.compose(name, list(overrides))
 
     return composed
@@ -62,9 +60,26 @@ def small_transformer(resolve):
     return lambda ds_path, *overrides: resolve(*SMALL_TRANSFORMER, f'ds_path={ds_path}', *overrides)
 
 
+@pytest.fixture(scope='session')
+def stop_at():
+    """stop_at(*steps, number=SIGTERM) -> an on_steps callback that raises the signal once, at each of these step counts."""
+    def callback(*steps, number=signal.SIGTERM):
+        done, pending = [], list(steps)
+
+        def on_steps(count, metrics):
+            done.append(count)
+            if pending and sum(done) >= pending[0]:
+                del pending[0]
+                signal.raise_signal(number)
+
+        return on_steps
+
+    return callback
+
+
 @pytest.fixture
 def write_tokens(tmp_path):
-    """write_tokens(meta, train=…, test=…, name=…) -> a data set's folder, random ids below 54 unless arrays are given."""
+    """write_tokens(meta, train=…, test=…, name=…) -> the folder of a data set; random ids below 54 unless arrays are given."""
     def written(meta=None, name='tokens', **arrays):
         folder = tmp_path / name
         folder.mkdir()
@@ -80,7 +95,7 @@ def write_tokens(tmp_path):
 
 @pytest.fixture(scope='session')
 def published():
-    """The folder with the published logs and reference curves, which are not this project's to ship."""
+    """The folder with the published logs and reference curves, which this project does not ship."""
     folder = os.environ.get('SUPERCOLLAPSE_SHARED')
     if folder is None:
         pytest.skip('SUPERCOLLAPSE_SHARED does not name the folder of published logs')
@@ -89,10 +104,10 @@ def published():
 
 @pytest.fixture(scope='session')
 def loopback():
-    """The module of a W&B server on this machine, which is not this project's to ship."""
+    """The module of a local W&B server, which this project does not ship."""
     folder = os.environ.get('SUPERCOLLAPSE_SHARED')
     if folder is None:
-        pytest.skip('needs a local stand-in for the W&B server: SUPERCOLLAPSE_SHARED/tools/wandb_loopback.py')
+        pytest.skip('SUPERCOLLAPSE_SHARED does not name the folder that holds tools/wandb_loopback.py, a local W&B server')
     spec = importlib.util.spec_from_file_location('wandb_loopback', Path(folder) / 'tools/wandb_loopback.py')
     module = sys.modules['wandb_loopback'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
