@@ -15,8 +15,7 @@ import numpy as np
 from trainer import distributed
 from trainer.process import brief, warn
 
-WRITE_ERRORS = (ValueError, OSError)  # what Orbax raises for a full disk, a damaged or a missing file
-READ_ERRORS = (*WRITE_ERRORS, KeyError, TypeError)  # and for its JSON with a flipped bit in a name
+WRITE_ERRORS = (ValueError, OSError)  # what Orbax raises for a full disk
 
 
 def _orbax():
@@ -106,7 +105,7 @@ def restore(folders, step, like):
         found, error = None, None
         try:
             found = _manager(folder).restore(step, args=wanted)
-        except READ_ERRORS as raised:
+        except Exception as raised:  # Orbax raises Exception itself for an array that cannot be read
             error = brief(raised)
         if not distributed.any_process(error is not None) and int(checksum(found['state'])) != found['sum']:
             error = 'the checksum does not match'
