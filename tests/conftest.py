@@ -3,7 +3,9 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -75,6 +77,26 @@ def stop_at():
         return on_steps
 
     return callback
+
+
+@pytest.fixture(scope='session')
+def lock_holder():
+    """lock_holder(folder) -> a context in which another process holds the lock of this run folder."""
+    program = ('import fcntl, sys, time; file = open(sys.argv[1], "a"); fcntl.flock(file, fcntl.LOCK_EX); '
+               'print("held", flush=True); time.sleep(99)')
+
+    @contextmanager
+    def holding(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, '-c', program, folder / 'lock']
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            try:
+                assert holder.stdout.readline() == 'held\n'
+                yield
+            finally:
+                holder.kill()
+
+    return holding
 
 
 @pytest.fixture

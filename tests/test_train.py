@@ -162,7 +162,8 @@ def test_run_stopped_by_its_forecast_says_why(small_mlp, tmp_path, monkeypatch, 
     monkeypatch.setattr(train, 'follow_ladder', lambda run: lambda rows: {'forecast_lo90': 0.3 if rows[-1]['step'] else 0.1})
     (summary,) = train.train(small_mlp(f'run_dir={tmp_path}', 'watch=ladder', 'stop_above=0.25'))
     assert (summary['state'], summary['steps']) == ('stopped', 1)
-    assert ('seed 0: stopped at step 1 of 20: its forecast final loss is above 0.3 with 95% probability, and stop_above=0.25' in capsys.readouterr().err.splitlines())
+    assert ('seed 0: stopped at step 1 of 20: its forecast final loss is above 0.3 with 95% probability, and stop_above=0.25'
+            in capsys.readouterr().err.splitlines())
 
 
 def test_evaluations_that_cost_more_than_training_are_announced_before_it(compose, tmp_path, capsys):
