@@ -15,6 +15,8 @@ from analysis.table import LogError
 from figures import commands
 
 SHOWN_X = (0.1, 0.3, 0.5, 1)  # at which a forecast is printed
+# The published fit's objective over its minimum: 2 and 13 on the curves it was made for, 61 on squared errors of about 0.03.
+MAX_OBJECTIVE_RATIO = 30
 
 
 # ---- forecast ------------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def schedule_laws(argv):
         notes = notes + more
     fitted = args.fit or laws.default_fit(curves)
     fits, rows, means = laws.compare(curves, fitted)
-    if fits[1].objective > 300 * fits[2].objective:
+    if fits[1].objective > MAX_OBJECTIVE_RATIO * fits[2].objective:
         notes.append(f'the fit of the {fits[1].law.name} has stopped far from its minimum: its step sizes are made for losses of a '
                      'few nats')
     if args.out:

@@ -11,6 +11,7 @@ from analysis.beyond import schedule_curves
 from analysis.beyond import schedule_laws as laws
 from analysis.table import LogError
 from figures import beyond_commands
+from tests.logs_of import paper_log
 from tests.test_schedules import planted as planted_schedules
 
 PEAK = 3e-4
@@ -203,6 +204,14 @@ def test_the_shipped_log_needs_no_options(capsys):
     result = json.loads(capsys.readouterr().out)
     assert result['fitted'] == ['const', 'linear'] and {row['curve'] for row in result['unseen']} > {'cosine', 'multicosine_0.2'}
     assert result['mean']['noise law']['r2'] > 0.9
+
+
+def test_a_published_fit_that_stops_far_from_its_minimum_is_said(capsys):
+    """Its step sizes are made for losses of a few nats; the authors' MLPs have losses of some 0.03."""
+    beyond_commands.schedule_laws([str(paper_log('mlp_schedules')), '--json'])
+    result = json.loads(capsys.readouterr().out)
+    assert result['mean']['multi-power law, as published']['r2'] < 0 < 0.9 < result['mean']['noise law']['r2']
+    assert any('stopped far from its minimum' in note for note in result['notes'])
 
 
 # R², MAE, RMSE and worst relative error of the Multi-Power Law in Luo et al. (2025), by millions of parameters.

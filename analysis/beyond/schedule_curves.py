@@ -102,7 +102,8 @@ def from_table(table, skip=0.05):
     most_curves = horizons[horizons == horizons.max()].index.max()
     first_step = skip * ends['step'].min()
     curves, seeds = {}, set()
-    for (schedule, decay, steps), group in ends.groupby(['schedule', 'decay', 'step'], sort=False):
+    groups = ends.groupby(['schedule', 'decay', 'step'], sort=False)
+    for (schedule, decay, steps), group in sorted(groups, key=lambda one: (one[0][2] != most_curves, one[0][1] < 1)):
         name = schedule + (f'_{decay:g}' if decay < 1 else '') + (f'_{steps:.0f}' if steps != most_curves else '')
         rows = _mean_over_runs(table[table['run'].isin(group.index) & (table['step'] >= first_step)])
         curves[name] = make_curve(name, rows['step'], rows['lr'], rows['test_loss'])
