@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from IPython.display import display
 
 from analysis import collapse
 from analysis import table as logs
@@ -41,16 +40,16 @@ def log_of_kind(log, ending):
     return log if Path(log).stem.endswith(f'_{ending}') else beside(log, ending) or log
 
 
-def show(figure, log, name):
-    """Save a figure as PNG under the name of the log, and display it. None is skipped.
+def save(figure, log, name):
+    """The figure, saved as PNG under the name of the log; the last line of a cell displays it. None gives None, and a line.
 
     Figures of the shipped logs are in figures/png. Those of a LOG from the environment go to runs/figures, which is not tracked.
     """
     if figure is None:
-        print(f'skipped: the log has no runs for the figure {name!r}')
-        return
+        print(f'skipped: the log has no runs for the figure {name}')
+        return None
     folder = Path('runs/figures' if 'LOG' in os.environ else 'figures/png')
-    display(style.save(figure, folder / f'{Path(log).stem}_{name}.png'))
+    return style.save(figure, folder / f'{Path(log).stem}_{name}.png')
 
 
 def compare_ladders(results):
