@@ -1,298 +1,333 @@
-"""Lichess games to token files, a character a token: train.bin, test.bin, meta.json and meta.pkl in one folder.
+"""Lichess games as token files, one character a token: train.bin, test.bin, meta.json and meta.pkl in one folder.
 
-    python prepare_chess.py                                  # January 2025 from Hugging Face: 36 files, some 20 billion tokens
-    python prepare_chess.py games/*.parquet month.pgn.zst    # or files of one's own
+    python prepare_chess.py                                  # January 2025 from Hugging Face: 36 files, about 20 billion tokens
+    python prepare_chess.py games/*.parquet month.pgn.zst    # or your own files
 
-Inputs are parquet files with the columns movetext, WhiteElo and BlackElo (local, or a URL that fsspec opens), and PGN files,
-plain or compressed. A game becomes `<BOS>moves|WhiteElo|BlackElo|FEN<EOS>`: moves in SAN, a ',' between White's and Black's,
-a ';' between rounds, without comments, move numbers and result; FEN that of the final position (Qiu et al. 2025, appendix A).
+Inputs are parquet files with the columns movetext, WhiteElo and BlackElo (local paths, or URLs that Hugging Face `datasets` opens),
+and local PGN files, plain or compressed (.gz, .bz2, .zst). A game becomes `<BOS>moves|WhiteElo|BlackElo|FEN<EOS>`. Moves are in
+standard algebraic notation (SAN), with ',' after White's and ';' after Black's, without comments, move numbers and result. FEN is
+the final position (Qiu et al. 2025, appendix A). python-chess replays each game for it; a game with an illegal move is skipped.
 
-Every input file becomes one piece, its games dealt at random into BUCKETS groups (by a generator of the seed and the file's
-number); then each group, read from all pieces, is shuffled in memory and written. That is a uniform shuffle of all games
-(Rao 1961, Sandelius 1962), of which the last --test-games are the test set. Killed and started again, a run keeps the pieces
-it had finished and ends in the same bytes. Memory is some 200 MB a process (--jobs); the disk holds twice the result at most.
+The games are shuffled in two passes, so that memory does not grow with the data. The first pass puts each game into one of BUCKETS
+random buckets on disk; the second shuffles one bucket after another in memory and writes it. Together this is a uniform shuffle of
+all games (Rao 1961, Sandelius 1962). The last --test-games games are the test set.
+
+The buckets of each input file are kept until the end: after a kill, the same command reads only the inputs that are not finished,
+and the result has the same bytes. The disk holds at most twice the result.
 """
 
 import argparse
+import glob
 import io
 import json
 import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait as wait_for_end
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from chess import Board
 from tqdm import tqdm
 
 from token_files import prepare
-from token_files.chess_positions import Codes, replay
+from token_files.atomic import atomic_write, flush_to_disk
 
 LICHESS = 'hf://datasets/Lichess/standard-chess-games/data/year=2025/month=01/train-{:05}-of-00072.parquet'
 COLUMNS = ['movetext', 'WhiteElo', 'BlackElo']
-# The order of the published data set. It holds 'b' twice: files and pieces alike are written as the later id.
+# The order of the published data set. It has 'b' twice: a file and a bishop of Black both get the later id.
 VOCABULARY = ['<BOS>', '<EOS>', *',;+#=?!\n /0123456789-xabcdefghKQRBNOP()lkv:*|rnbqpwm']
 BOS, EOS = 0, 1
 IDS = {character: i for i, character in enumerate(VOCABULARY)}
-# One table turns text into ids; the bytes 0 and 1 in the text are BOS and EOS already.
-TABLE = bytes([BOS, EOS, *(IDS.get(chr(byte), 255) for byte in range(2, 256))])
-KNOWN = ''.join(VOCABULARY[2:]).encode()
-RESULTS = {b'1-0', b'0-1', b'1/2-1/2', b'*'}
-TAG = re.compile(rb'\[(\w+) "(.*)"\]\s*')
-CHUNK = 8192  # games replayed at once: enough to hide NumPy's call overhead, about 100 MB of memory
-BUCKETS = 256  # 20 GB of games make groups of 80 MB
+TO_IDS = bytes(IDS.get(chr(byte), 255) for byte in range(256))  # a table for bytes.translate
+CHARACTERS = frozenset(VOCABULARY[2:])
+COMMENT_OR_NUMBER = re.compile(r'\{[^}]*\}|\b\d+\.+')
+MOVE = re.compile(r'(O-O(-O)?|[KQRBN]?[a-h]?[1-8]?x?[a-h][1-8](=[QRBN])?)[+#]?[!?]{0,2}')  # one move in SAN
+RESULTS = ('1-0', '0-1', '1/2-1/2', '*')
+TAG = re.compile(rb'\[(\w+) "(.*)"\]\s*')  # a header line of a PGN file
+BATCH = 1024  # games that a process tokenises at a time: about a second of work
+BUCKETS = 256  # 20 GB of games make buckets of 80 MB
 
 
 # ---------------------------------------------------------------- reading
 
 
+def open_parquet(path: str, **options):
+    """The rows of a parquet file as a stream, datasets.IterableDataset. Raises ValueError if the file cannot be opened.
+
+    The file is not copied: at a URL it is read as the stream goes on, and lost connections are tried again.
+    """
+    from datasets import load_dataset  # here, as the processes that tokenise do not need it
+
+    with clear_errors(path):
+        # escape: `datasets` takes data_files for patterns
+        return load_dataset('parquet', data_files=glob.escape(path), split='train', streaming=True, **options)
+
+
 @contextmanager
-def opened(path: str):
-    """A parquet file, local or at a URL, or a local PGN file. Raises ValueError naming the file where it cannot be read."""
+def clear_errors(path: str):
+    """Turn an error of reading this input into a ValueError with one line."""
     try:
-        if path.endswith('.parquet'):
-            with fsspec.open(path, 'rb') as f:
-                # buffer_size: read a column page by page, as a row group of a million games would not fit
-                yield pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False)
-        else:
-            with pa.input_stream(path, compression='detect') as f:
-                yield io.BufferedReader(f)
-    except FileNotFoundError as e:
-        raise ValueError(f'{path}: no such file') from e
-    except Exception as e:  # the transports under fsspec raise errors of their own kinds
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if '://' in path and not isinstance(e, pa.ArrowException):
-            raise ValueError(f'{path}: cannot be reached ({reason}); start again, which goes on from here, or pass files that '
-                             'you have') from e
-        if isinstance(e, pa.ArrowException | OSError):
-            raise ValueError(f'{path}: cut short or damaged ({reason}); fetch it again') from e
+        yield
+    except Exception as error:  # each transport to a URL raises errors of its own types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f'{path}: no such file') from error
+        if '://' in path and not isinstance(error, pa.ArrowException):
+            raise ValueError(f'{path}: cannot be reached ({reason}); check the connection and run the same command again, or give '
+                             'files that are on this machine') from error
+        if isinstance(error, OSError | ValueError | pa.ArrowException):
+            raise ValueError(f'{path}: cut short or damaged ({reason}); download it again') from error
         raise
 
 
-def size_up(path: str) -> tuple[int, int]:
-    """(bytes, by which a run knows its input again, and games, 0 if unknown). Checks columns and types before any is read."""
-    if not path.endswith('.parquet'):
-        with opened(path) as file:
-            head = file.read(1 << 22)
-        size = Path(path).stat().st_size
-        return size, 0 if path.endswith(('.zst', '.gz', '.bz2')) else round(head.count(b'[Event ') * size / max(1, len(head)))
-    with opened(path) as file:
-        schema, facts = file.schema_arrow, file.metadata
-    if missing := [name for name in COLUMNS if name not in schema.names]:
-        raise ValueError(f'{path}: has no column {", ".join(missing)}; it has {", ".join(schema.names)}')
-    for name in COLUMNS:
-        kind = schema.field(name).type
-        if not (pa.types.is_integer(kind) if name.endswith('Elo') else pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ValueError(f'{path}: column {name} is {kind}; wanted {"integers" if name.endswith("Elo") else "text"}')
-    return sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)), facts.num_rows
+def check_input(path: str) -> int | None:
+    """The size in bytes of an input file, None at a URL. Raises ValueError if it is missing or its columns are wrong."""
+    if '://' not in path and not Path(path).is_file():
+        raise ValueError(f'{path}: no such file')
+    if path.endswith('.parquet'):
+        features = open_parquet(path).features
+        if missing := [name for name in COLUMNS if name not in features]:
+            raise ValueError(f'{path}: has no column {", ".join(missing)}; it has {", ".join(features)}')
+        for name in COLUMNS:
+            dtype, wanted = getattr(features[name], 'dtype', 'nested'), 'integers' if name.endswith('Elo') else 'text'
+            if not (dtype.startswith(('int', 'uint')) if wanted == 'integers' else dtype in ('string', 'large_string')):
+                raise ValueError(f'{path}: column {name} is {dtype}; wanted {wanted}')
+    elif '://' in path:
+        raise ValueError(f'{path}: a PGN file must be on this machine; download it first')
+    return None if '://' in path else Path(path).stat().st_size
 
 
 def read_games(path: str):
-    """Yield (movetexts, White's ratings, Black's ratings), lists of CHUNK games; what is missing is None."""
-    with opened(path) as file:
-        if not path.endswith('.parquet'):
-            yield from read_pgn(file)
-            return
-        for batch in file.iter_batches(CHUNK, columns=COLUMNS, use_threads=False):
-            yield (batch['movetext'].cast(pa.binary()).to_pylist(), *(batch[c].to_pylist() for c in COLUMNS[1:]))
+    """Yield batches {column: list [at most BATCH]} of the games in a file. Missing values are None. Raises ValueError."""
+    if path.endswith('.parquet'):
+        games = open_parquet(path, columns=COLUMNS)
+        with clear_errors(path):
+            yield from games.iter(BATCH)
+    else:
+        with clear_errors(path), pa.input_stream(path, compression='detect') as file:
+            yield from read_pgn(io.BufferedReader(file))
 
 
 def read_pgn(lines):
-    """The same of the lines of a PGN file. A game from another starting position has no movetext here: it is no plain game."""
+    """Yield the batches of `read_games` from the lines (bytes) of a PGN file.
+
+    A game that starts from a given position gets no movetext, so that it is skipped.
+    """
     games, tags, moves = [], {}, []
 
-    def finish():
+    def end_game():
         ratings = [int(tags[c]) if tags.get(c, b'').isdigit() else None for c in (b'WhiteElo', b'BlackElo')]
-        games.append((None if b'FEN' in tags else b' '.join(moves), *ratings))
+        games.append((None if b'FEN' in tags else b' '.join(moves).decode('utf-8', 'replace'), *ratings))
         tags.clear()
         moves.clear()
+
+    def batch():
+        return dict(zip(COLUMNS, map(list, zip(*games, strict=True)), strict=True))
 
     for line in lines:
         if line.startswith(b'[') and (tag := TAG.fullmatch(line)):
             if moves or tag[1] in tags:
-                finish()
+                end_game()
             tags[tag[1]] = tag[2]
         elif line := line.strip():
             moves.append(line)
-        if len(games) == CHUNK:
-            yield tuple(zip(*games, strict=True))
+        if len(games) == BATCH:
+            yield batch()
             games.clear()
     if tags or moves:
-        finish()
+        end_game()
     if games:
-        yield tuple(zip(*games, strict=True))
+        yield batch()
 
 
 # ---------------------------------------------------------------- games to tokens
 
 
-def without_comments(text: bytes) -> bytes:
-    """Text without its {…}; as it is, braces and all, where they do not pair. (Three times as fast as a regular expression.)"""
-    if text.count(b'{') != text.count(b'}'):
-        return text
-    head, *rest = text.split(b'{')
-    return head + b''.join([part.partition(b'}')[2] for part in rest])
+class Skipped(ValueError):
+    """A game that is left out; the message is the reason, under which it is counted."""
 
 
-def tokenise(texts, whites, blacks, codes: Codes, position: bool) -> tuple[list[bytes], Counter]:
-    """Token strings of the games that are whole and legal, in order, and how many were skipped for which reason.
+def final_position(moves: list[str]) -> str:
+    """FEN of the position after these moves in SAN from the usual start. Raises Skipped if one is illegal."""
+    board = Board()
+    try:
+        for move in moves:
+            board.push_san(move.rstrip('!?'))
+    except ValueError as error:
+        raise Skipped('illegal move') from error
+    return board.fen()
 
-    codes is chess_positions.Codes, kept from call to call. Without `position` the FEN is left out and legality is not checked, only
-    that every word is a move.
+
+def tokenise(movetext: str | None, white: int | None, black: int | None, position: bool) -> bytes:
+    """The token ids of one game, a byte each. Raises Skipped if the game is not whole or not legal.
+
+    Without `position` the FEN is left out, and it is only checked that every word is a move, not that the move is legal.
     """
-    skipped, kept, lines = Counter(), [], []
-    for text, white, black in zip(texts, whites, blacks, strict=True):
-        text = without_comments(text or b'').replace(b'.', b' ')
-        words = [word for word in text.split() if not word.isdigit()]  # move numbers go
-        if words and words[-1] in RESULTS:
-            words.pop()
-        moves = [codes[word] for word in words]
-        if not words:
-            skipped['no moves'] += 1
-        elif not white or not black or white < 0 or black < 0:
-            skipped['missing rating'] += 1
-        elif min(moves) < 0:
-            skipped['character outside the vocabulary' if b''.join(words).translate(None, KNOWN) else 'illegal move'] += 1
-        else:
-            rounds = b';'.join([b','.join(words[i : i + 2]) for i in range(0, len(words), 2)])
-            kept.append(moves)
-            lines.append(b'\0%s|%d|%d|' % (rounds, white, black))
-    fens = (replay(kept) if kept else []) if position else [b''] * len(kept)
-    games = [line + fen + b'\1' for line, fen in zip(lines, fens, strict=True) if fen is not None]
-    skipped['illegal move'] += len(kept) - len(games)
-    return [game.translate(TABLE) for game in games], +skipped
+    words = COMMENT_OR_NUMBER.sub(' ', movetext or '').split()
+    if words and words[-1] in RESULTS:
+        words.pop()
+    if not words:
+        raise Skipped('no moves')
+    if not white or not black or white < 0 or black < 0:
+        raise Skipped('missing rating')
+    if not CHARACTERS.issuperset(''.join(words)):
+        raise Skipped('character outside the vocabulary')
+    if not all(map(MOVE.fullmatch, words)):
+        raise Skipped('illegal move')
+    rounds = ';'.join(','.join(words[i : i + 2]) for i in range(0, len(words), 2))
+    fen = final_position(words) if position else ''
+    return bytes([BOS]) + f'{rounds}|{white}|{black}|{fen}'.encode().translate(TO_IDS) + bytes([EOS])
 
 
-def read_file(number: int, path: str, folder: Path, seed: int, position: bool):
-    """One input file to NUMBER.games, each chunk in order of its buckets, and then NUMBER.json, which completes it."""
-    rng, codes = np.random.default_rng([seed, number]), Codes()
-    chunks, counts, skipped = [], Counter(), Counter()
-    part = folder / f'{number:05}.part'
-    part.unlink(missing_ok=True)  # a file of its own, whatever a killed run may still hold open
-    with open(part, 'wb') as f:
-        for texts, whites, blacks in read_games(path):
-            games, bad = tokenise(texts, whites, blacks, codes, position)
-            buckets = rng.integers(BUCKETS, size=len(games))
-            f.write(b''.join([games[i] for i in np.argsort(buckets, kind='stable')]))
-            lengths = np.array([len(game) for game in games], float)
-            chunks.append(np.bincount(buckets, lengths, BUCKETS).astype(int).tolist())
-            counts.update(read=len(texts), kept=len(games))
-            skipped.update(bad)
-            with progress.get_lock():
-                progress.value += len(texts)
-            if stop.is_set():
-                return
-        prepare.to_disk(f)
-    os.replace(part, part.with_suffix('.games'))
-    prepare.write_atomically(part.with_suffix('.json'), json.dumps({**counts, 'skipped': skipped, 'chunks': chunks}).encode())
-
-
-def start_worker(counter, event):
-    """Set what the processes share: games read, and the sign to stop. End this one when its parent does, however that ended."""
-    global progress, stop
-    progress, stop = counter, event
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait_for_end([parent]), os._exit(1)), daemon=True).start()
-
-
-def read_files(paths, folder, seed, position, jobs, total):
-    """All pieces that are not there yet, `jobs` at a time."""
-    done = [(folder / f'{i:05}.json').exists() for i in range(len(paths))]
-    if any(done):
-        print(f'{sum(done)} of {len(paths)} input files were prepared before', file=sys.stderr)
-    context = multiprocessing.get_context('spawn')
-    counter, event = context.Value('q', 0), context.Event()
-    total = sum(n for n, d in zip(total, done, strict=True) if not d) if all(total) else None
-    with (ProcessPoolExecutor(jobs, context, start_worker, (counter, event)) as pool,
-          tqdm(total=total, unit=' games', desc='reading', smoothing=0.05, unit_scale=True) as bar):
-        waiting = {pool.submit(read_file, i, path, folder, seed, position)
-                   for i, path in enumerate(paths) if not done[i]}
+def tokenise_batch(batch: dict[str, list], position: bool) -> tuple[list[bytes], Counter]:
+    """(token ids of each game of a batch, in order; how many games were skipped for which reason)."""
+    games, skipped = [], Counter()
+    for row in zip(*(batch[name] for name in COLUMNS), strict=True):
         try:
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.5)
-                bar.update(counter.value - bar.n)
-                for future in finished:
-                    future.result()
-        except BrokenProcessPool as e:
-            raise ValueError('a reading process was killed, perhaps for want of memory; start again with --jobs '
-                             f'{max(1, jobs // 2)}, finished files are kept') from e
-        finally:
-            event.set()
-            pool.shutdown(cancel_futures=True)
+            games.append(tokenise(*row, position))
+        except Skipped as reason:
+            skipped[str(reason)] += 1
+    return games, skipped
 
 
-# ---------------------------------------------------------------- shuffling and writing
+# ---------------------------------------------------------------- first pass: input files to buckets
 
 
-def shuffle(folder: Path, pieces: list[dict], out: Path, seed: int, test_games: int):
-    """train.bin.part and test.bin.part from the pieces: bucket after bucket, each in random order."""
-    sizes = [np.array(piece['chunks'], int).reshape(-1, BUCKETS) for piece in pieces]  # bytes of [chunk, bucket] in each piece
-    starts = [(size.cumsum() - size.ravel()).reshape(size.shape) for size in sizes]
-    left = sum(piece.get('kept', 0) for piece in pieces) - test_games  # of the training games still to write
-    with (open(out / 'train.bin.part', 'wb') as train, open(out / 'test.bin.part', 'wb') as test,
-          tqdm(total=left + test_games, unit=' games', desc='shuffling', unit_scale=True) as bar):
+def start_worker():
+    """Make a worker process ignore Ctrl-C, which its parent handles, and end when its parent ends, also by a kill."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def map_in_order(pool, function, items, ahead: int):
+    """Yield function(item) of each item, in order. At most `ahead` items are in work, so that reading waits for tokenising."""
+    futures = deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) == ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def read_input(path: str, number: int, folder: Path, seed: int, position: bool, pool, ahead: int, bar) -> dict:
+    """Put the games of one input into its buckets, folder/NUMBER/000 …, and return the counts {read, kept, skipped, bytes}.
+
+    The buckets are drawn by a generator of the seed and the input's number.
+    """
+    shutil.rmtree(buckets_of(folder, number), ignore_errors=True)  # of a killed run
+    buckets_of(folder, number).mkdir()
+    rng, counts, skipped = np.random.default_rng([seed, number]), Counter(), Counter()
+    with closing(read_games(path)) as batches:
+        for games, reasons in map_in_order(pool, partial(tokenise_batch, position=position), batches, ahead):
+            drawn = rng.integers(BUCKETS, size=len(games))
+            for bucket in np.unique(drawn).tolist():
+                with open(buckets_of(folder, number) / f'{bucket:03}', 'ab') as file:
+                    file.write(b''.join([games[i] for i in np.flatnonzero(drawn == bucket)]))
+            read = len(games) + reasons.total()
+            counts.update(read=read, kept=len(games), bytes=sum(map(len, games)))
+            skipped.update(reasons)
+            bar.update(read)
+    return {'read': 0, 'kept': 0, 'bytes': 0, **counts, 'skipped': skipped}
+
+
+def buckets_of(folder: Path, number: int) -> Path:
+    return folder / f'{number:05}'
+
+
+def identity(path: str, **options) -> dict:
+    """What the buckets of an input depend on. If anything differs, they are made again."""
+    stat = None if '://' in path else Path(path).stat()
+    return {'path': path, 'size': stat and stat.st_size, 'changed': stat and stat.st_mtime_ns, **options}
+
+
+def read_inputs(paths: list[str], folder: Path, seed: int, position: bool, jobs: int) -> list[dict]:
+    """The counts of each input, whose games are then in its buckets. What an earlier run has finished is not read again."""
+    wanted = [identity(path, seed=seed, position=position) for path in paths]
+    found = [prepare.read_json(folder / f'{number:05}.json') or {} for number in range(len(paths))]
+    counts = [there.get('counts') if there.get('identity') == want else None for there, want in zip(found, wanted, strict=True)]
+    missing = [number for number, there in enumerate(counts) if there is None]
+    if len(missing) < len(paths):
+        print(f'{len(paths) - len(missing)} of {len(paths)} input files were read by an earlier run', file=sys.stderr)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), start_worker)
+    try:
+        with tqdm(unit=' games', desc='reading', smoothing=0.05, unit_scale=True) as bar:
+            for done, number in enumerate(missing, 1):
+                counts[number] = read_input(paths[number], number, folder, seed, position, pool, 4 * jobs, bar)
+                os.sync()  # the buckets must be on disk before the file that says so
+                atomic_write(folder / f'{number:05}.json', json.dumps({'identity': wanted[number], 'counts': counts[number]}))
+                if len(missing) > 1:
+                    bar.total = bar.n * len(missing) // done  # an estimate, as input files are about equal
+    except BrokenProcessPool as error:
+        raise ValueError('a worker process was killed, perhaps for lack of memory; run the same command again with --jobs '
+                         f'{max(1, jobs // 2)}: finished input files are kept') from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return counts
+
+
+# ---------------------------------------------------------------- second pass: buckets to train.bin and test.bin
+
+
+def shuffle(folder: Path, inputs: int, seed: int, games: int, test_games: int) -> None:
+    """Write train.bin and test.bin into `folder`: the games of bucket after bucket, each bucket in random order."""
+    train_left = games - test_games
+    with (open(folder / 'train.bin', 'wb') as train, open(folder / 'test.bin', 'wb') as test,
+          tqdm(total=games, unit=' games', desc='shuffling', unit_scale=True) as bar):
         for bucket in range(BUCKETS):
-            data = bytearray()
-            for i in range(len(pieces)):
-                with open(folder / f'{i:05}.games', 'rb') as f:
-                    for start, size in zip(starts[i][:, bucket], sizes[i][:, bucket], strict=True):
-                        f.seek(start)
-                        data += f.read(size)
-            ends = (np.flatnonzero(np.frombuffer(data, np.uint8) == EOS) + 1).tolist()
-            begins = [0, *ends]
-            order = np.random.default_rng([seed, len(pieces), bucket]).permutation(len(ends)).tolist()
-            for f, games in ((train, order[:left]), (test, order[left:])):
-                for i in range(0, len(games), CHUNK):
-                    f.write(b''.join([data[begins[g] : ends[g]] for g in games[i : i + CHUNK]]))
-            left = max(0, left - len(order))
-            bar.update(len(order))
-        for f in (train, test):
-            prepare.to_disk(f)
+            files = [buckets_of(folder, number) / f'{bucket:03}' for number in range(inputs)]
+            bucket_games = b''.join(file.read_bytes() for file in files if file.exists()).split(bytes([EOS]))[:-1]
+            order = np.random.default_rng([seed, inputs, bucket]).permutation(len(bucket_games))
+            shuffled = [bucket_games[i] for i in order]
+            for file, part in ((train, shuffled[:train_left]), (test, shuffled[train_left:])):
+                file.write(bytes([EOS]).join([*part, b'']))
+            train_left = max(0, train_left - len(shuffled))
+            bar.update(len(shuffled))
+        flush_to_disk(train)
+        flush_to_disk(test)
 
 
-def make(paths: list[str], out: Path, seed=42, test_games=16384, position=True, jobs=2):
-    """The whole way from input files to a data set in `out`. Raises ValueError or OSError, one clear line each."""
-    prepare.check_distinct(paths)
+def make(paths: list[str], out: Path, seed: int = 42, test_games: int = 16384, position: bool = True, jobs: int = 2) -> None:
+    """Write the data set of these input files into `out`. Raises ValueError or OSError with one line."""
+    prepare.check_no_duplicates(paths)
     if test_games < 1:
         raise ValueError(f'--test-games is {test_games}; wanted 1 or more')
-    sized = [size_up(path) for path in tqdm(paths, desc='inputs', unit=' files', disable=len(paths) < 8)]
-    source = {'inputs': [[Path(p).name, n] for p, (n, _) in zip(paths, sized, strict=True)], 'seed': seed, 'position': position}
-    with prepare.workplace(out, source, test_games=test_games) as folder:
+    sizes = [check_input(path) for path in tqdm(paths, desc='checking inputs', unit=' files', disable=len(paths) < 8)]
+    source = {'inputs': [[Path(path).name, size] for path, size in zip(paths, sizes, strict=True)], 'seed': seed,
+              'position': position, 'test_games': test_games}
+    with prepare.preparation(out, source) as folder:
         if folder is None:
             return
         started = time.time()
-        read_files(paths, folder, seed, position, min(jobs, len(paths)), [n for _, n in sized])
-        pieces = [prepare.read_json(folder / f'{i:05}.json') for i in range(len(paths))]
-        read, kept = (sum(piece.get(key, 0) for piece in pieces) for key in ('read', 'kept'))
-        skipped = sum((Counter(piece['skipped']) for piece in pieces), Counter())
+        counts = read_inputs(paths, folder, seed, position, jobs)
+        read, kept, size = (sum(count[key] for count in counts) for key in ('read', 'kept', 'bytes'))
+        skipped = sum((Counter(count['skipped']) for count in counts), Counter())
         report = f'skipped: {", ".join(f"{n:,} {why}" for why, n in sorted(skipped.items())) or "none"}'
         if kept <= test_games:
             raise ValueError(f'{kept:,} of {read:,} games are usable ({report}), but the test set alone takes {test_games:,}; '
-                             'give more input, or a smaller --test-games')
-        prepare.check_room(out, sum(path.stat().st_size for path in folder.glob('*.games')))
-        shuffle(folder, pieces, out, seed, test_games)
-        prepare.write_atomically(out / 'meta.pkl', pickle.dumps({
+                             'give more or corrected input, or a smaller --test-games')
+        prepare.check_free_space(folder, size)
+        shuffle(folder, len(paths), seed, kept, test_games)
+        atomic_write(folder / 'meta.pkl', pickle.dumps({
             'vocab_size': len(VOCABULARY), 'bos': BOS, 'eos': EOS, 'stoi': IDS, 'itos': dict(enumerate(VOCABULARY))}))
-        meta = prepare.complete(out, {
+        prepare.finish(folder, out, {
             'vocab_size': len(VOCABULARY), 'bos': BOS, 'eos': EOS, 'pad_id': BOS, 'vocabulary': VOCABULARY,
             'games': {'train': kept - test_games, 'test': test_games, 'skipped': skipped},
-            'split': f'all games shuffled with seed {seed}, the last {test_games} are the test set',
-            'source': {**source, 'test_games': test_games}})
-    print(f'{kept:,} of {read:,} games, {sum(meta["tokens"].values()):,} tokens in {out} ({time.time() - started:.0f} s); {report}',
-          file=sys.stderr)
+            'split': f'all games shuffled with seed {seed}, the last {test_games} are the test set', 'source': source})
+    print(f'{out}: {kept:,} of {read:,} games, {size:,} tokens ({time.time() - started:.0f} s); {report}', file=sys.stderr)
 
 
 def main():
@@ -301,12 +336,12 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('chess'))
     parser.add_argument('--seed', type=int, default=42, help='of the shuffle')
     parser.add_argument('--test-games', type=int, default=16384)
-    parser.add_argument('--no-position', action='store_true', help='leave out the final position, and its check of legality')
-    parser.add_argument('--jobs', type=int, default=min(8, os.cpu_count()), help='files read at once, some 200 MB of memory each')
+    parser.add_argument('--no-position', action='store_true', help='leave out the final position, and do not check legality')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='processes that tokenise; default: all cores')
     args = parser.parse_args()
     paths = sorted(args.inputs) or [LICHESS.format(i) for i in range(36)]
-    options = args.seed, args.test_games, not args.no_position, args.jobs
-    prepare.run('prepare_chess', args.out, lambda: make(paths, args.out, *options))
+    prepare.run_command('prepare_chess', args.out,
+                        lambda: make(paths, args.out, args.seed, args.test_games, not args.no_position, args.jobs))
 
 
 if __name__ == '__main__':

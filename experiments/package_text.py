@@ -1,79 +1,82 @@
-"""A corpus that is on every machine: the Python sources of an installed package as characters.
+"""A text corpus that needs no download: the Python sources of an installed package, one character a token.
 
-    python -m experiments.package_text pandas      -> pandas_text/train.bin, test.bin, meta.json
+    python -m experiments.package_text pandas      # writes pandas_text/train.bin, test.bin and meta.json
 
-requirements.lock pins pandas 3.1.1 (BSD 3-clause licence, 1,440 files, 24 MB), so that the text is the same everywhere. One token
-is one ASCII character (others become '?'). Files come in the order of the SHA-256 of their paths, the same on each machine; the
-first of them, up to TEST characters, are the test set: no file is in both. Either set is then cut into pieces of PIECE characters,
-the sequences of a model with L = PIECE, which are shuffled: a batch of neighbours would be of one file, and the loss follow it.
+requirements.lock pins pandas (BSD 3-clause licence, 1,440 files, 24 MB), so that the text is the same on every machine. A token is
+an ASCII character; other characters become '?'. Whole files are the test set, at least TEST_CHARACTERS in total: no file is in both
+sets. Each set is cut into pieces of PIECE characters, the sequence length of the model, and the pieces are shuffled. Without
+this, a batch would hold neighbours from one file, and the loss would follow the files.
 """
 
 import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from token_files import prepare
+from token_files.atomic import atomic_write
 
 VOCABULARY = [chr(i) for i in range(128)]
-TEST = 400_000  # characters, a little more as files are whole
-PIECE = 128
+TEST_CHARACTERS = 400_000
+PIECE = 128  # characters
 
 
-def folder_of(package):
-    """Where an installed package lies. Raises ValueError."""
+def find_package(package: str) -> Path:
+    """The folder of an installed package. Raises ValueError if there is none."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f'{package}: no such package is installed here')
+        raise ValueError(f'{package}: no such package is installed')
     return Path(found.submodule_search_locations[0])
 
 
-def texts(root):
-    """Yield the Python sources below a folder, each ended by a newline, shuffled by their paths."""
-    names = sorted((file.relative_to(root).as_posix() for file in root.rglob('*.py')),
-                   key=lambda name: hashlib.sha256(name.encode()).digest())
-    for name in names:
-        yield (root / name).read_text(encoding='utf-8', errors='replace').encode('ascii', 'replace').rstrip() + b'\n'
+def read_sources(root: Path):
+    """Yield the text of each Python file below a folder, ending in one newline.
+
+    The order is that of the SHA-256 of the paths: it mixes the subpackages, and is the same on every machine.
+    """
+    names = [file.relative_to(root).as_posix() for file in root.rglob('*.py')]
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        text = (root / name).read_text(encoding='utf-8', errors='replace')
+        yield text.encode('ascii', 'replace').rstrip() + b'\n'
 
 
-def shuffled(text):
-    """Its whole pieces in an order that is always the same."""
-    pieces = np.frombuffer(text, np.uint8)[:len(text) // PIECE * PIECE].reshape(-1, PIECE)
+def shuffle_pieces(text: bytes) -> bytes:
+    """The whole pieces of a text in random order, always the same one."""
+    pieces = np.frombuffer(text, np.uint8)[: len(text) // PIECE * PIECE].reshape(-1, PIECE)
     return np.random.default_rng(0).permutation(pieces).tobytes()
 
 
-def make(package, out):
-    """Write the data set; nothing if `out` holds it already."""
-    root = folder_of(package)
+def make(package: str, out: Path) -> None:
+    """Write the data set into `out`, or nothing if it is there already. Raises ValueError or OSError with one line."""
+    root = find_package(package)
     distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
-    source = {'package': package, 'version': importlib.metadata.version(distribution), 'test': TEST, 'piece': PIECE}
-    with prepare.workplace(out, source) as folder:
+    source = {'package': package, 'version': importlib.metadata.version(distribution), 'test': TEST_CHARACTERS, 'piece': PIECE}
+    with prepare.preparation(out, source) as folder:
         if folder is None:
             return
-        parts, size = {'test': [], 'train': []}, 0
-        for text in texts(root):
-            parts['test' if size < TEST else 'train'].append(text)
+        sets, size = {'test': [], 'train': []}, 0
+        for text in read_sources(root):
+            sets['test' if size < TEST_CHARACTERS else 'train'].append(text)
             size += len(text)
-        if not parts['train']:
-            raise ValueError(f'{package}: {size} characters are too few to train on with a test set of {TEST}')
-        for name, part in parts.items():
-            with open(out / f'{name}.bin.part', 'wb') as file:
-                file.write(shuffled(b''.join(part)))
-                prepare.to_disk(file)
-        prepare.complete(out, {'source': source, 'vocab_size': len(VOCABULARY), 'vocabulary': VOCABULARY})
-    print(f'{out}: {size:,} characters')
+        if not sets['train']:
+            raise ValueError(f'{package}: {size} characters are too few; the test set alone takes {TEST_CHARACTERS}')
+        for name, files in sets.items():
+            atomic_write(folder / f'{name}.bin', shuffle_pieces(b''.join(files)))
+        prepare.finish(folder, out, {'source': source, 'vocab_size': len(VOCABULARY), 'vocabulary': VOCABULARY})
+    print(f'{out}: {size:,} characters', file=sys.stderr)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('package', help='as it is imported, e.g. pandas')
-    parser.add_argument('--out', type=Path, help='the folder (default: PACKAGE_text)')
+    parser.add_argument('package', help='its import name, e.g. pandas')
+    parser.add_argument('--out', type=Path, help='the folder to write (default: PACKAGE_text)')
     args = parser.parse_args()
     out = args.out or Path(f'{args.package}_text')
-    prepare.run('package_text', out, lambda: make(args.package, out))
+    prepare.run_command('package_text', out, lambda: make(args.package, out))
 
 
 if __name__ == '__main__':

@@ -1,1 +1,1 @@
-"""Files of tokens on disk: read, check, describe and prepare them."""
+"""Files of token ids on disk: open and check them, describe them, and what the preparation and download scripts share."""

@@ -1,4 +1,4 @@
-"""Writing a file as a whole or not at all. Every file that another process may read, or a kill may interrupt, is written this way."""
+"""Writing a file as a whole or not at all, for files that another process may read or a kill may interrupt."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,10 @@
-"""What the preparations share: a data set's folder is claimed, worked in, and completed at once. The work is in prepare_*.py."""
+"""What the preparations share: one data set's folder, its unfinished files, and its last step. The work is in prepare_*.py.
 
+All unfinished files are in `OUT/.preparing`. At the end they are renamed into OUT, `meta.json` last: where it stands, the data set
+is complete.
+"""
+
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,94 +15,90 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-FILES = ('train.bin', 'test.bin')
+from token_files.atomic import atomic_write
+
+SPLITS = ('train.bin', 'test.bin')
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+META = ('meta.pkl', 'meta.json')  # renamed in this order
 
 
-def write_atomically(path: Path, content: bytes):
-    """Write a file that is there as a whole or not at all, whatever happens."""
-    part = path.with_name(path.name + '.part')
-    with open(part, 'wb') as f:
-        f.write(content)
-        to_disk(f)
-    os.replace(part, path)
-
-
-def check_distinct(paths):
-    """Raise ValueError if an input is named twice, which would bring test data into the training set."""
+def check_no_duplicates(paths) -> None:
+    """Raise ValueError if an input is given twice, which would bring test data into the training set."""
     twice = [path for path, n in Counter(os.path.realpath(path) for path in paths).items() if n > 1]
     if twice:
-        raise ValueError(f'{twice[0]}: is named twice among the inputs; name it once')
-
-
-def to_disk(f):
-    f.flush()
-    os.fsync(f.fileno())
+        raise ValueError(f'{twice[0]}: is given twice; give each input once')
 
 
 def read_json(path: Path):
+    """The content of a JSON file, None where there is no file."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
-@contextmanager
-def workplace(out: Path, source: dict, **also):
-    """The folder for unfinished work on the data set in `out`, or None if it is complete; deleted after success.
+def is_complete(out: Path, source: dict) -> bool:
+    """True if `out` holds the whole data set made from `source`."""
+    meta = read_json(out / 'meta.json') or {}
+    sizes = {name: (out / name).stat().st_size for name in SPLITS if (out / name).exists()}
+    return bool(sizes) and sizes == meta.get('tokens') and meta.get('source') == source  # a uint8 token is one byte
 
-    source says what the work is made from, `also` what only its last step needs. Work on the same source goes on where a killed
-    run left it. Raises ValueError if `out` holds, or another run is making, anything else.
+
+@contextmanager
+def preparation(out: Path, source: dict):
+    """Yield the folder for unfinished files, which is deleted after success; None if `out` holds this data set already.
+
+    `source` says what the data set is made from; `finish` writes it to meta.json. Raises ValueError if `out` holds any other data
+    set, or if another process is preparing one there. Inputs must have been checked before.
     """
-    folder, manifest = out / '.preparing', out / '.preparing' / 'manifest.json'
-    meta, there = read_json(out / 'meta.json') or {}, [name for name in (*FILES, 'meta.json', 'meta.pkl') if (out / name).exists()]
-    whole = all(name in there and (out / name).stat().st_size == meta.get('tokens', {}).get(name) for name in FILES)
-    if whole and meta.get('source') == source | also:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = out / '.preparing'
+    if is_complete(out, source):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run killed after its last file was renamed
         print(f'{out} holds this data set already', file=sys.stderr)
         yield None
         return
-    begun = read_json(manifest)
-    if begun not in (None, source):
-        raise ValueError(f'{folder}: begun with other inputs or options; delete it, or choose another --out')
-    if begun is None and there:
-        raise ValueError(f'{out}: holds {", ".join(there)}, of another data set or not whole; move it, or choose another --out')
+    there = [name for name in (*SPLITS, *META) if (out / name).exists()]
+    killed_while_renaming = folder.exists() and 'meta.json' not in there
+    if there and not killed_while_renaming:
+        raise ValueError(f'{out}: holds {", ".join(there)} of another or an incomplete data set; move it, or choose another --out')
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'lock', 'w') as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-        except BlockingIOError as e:
-            raise ValueError(f'{out}: another run is preparing it; wait for that one') from e
-        write_atomically(manifest, json.dumps(source).encode())
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends, however that happens
+        except BlockingIOError as error:
+            raise ValueError(f'{out}: another process is preparing it; wait for that one') from error
+        for name in (*SPLITS, *META):  # of a killed run
+            (folder / name).unlink(missing_ok=True)
         yield folder
     shutil.rmtree(folder)
 
 
-def check_room(out: Path, size: int):
-    """Raise OSError before a result of `size` bytes is begun that the disk cannot hold."""
-    free = shutil.disk_usage(out).free + sum((out / f'{name}.part').stat().st_size for name in FILES
-                                             if (out / f'{name}.part').exists())
+def check_free_space(folder: Path, size: int) -> None:
+    """Raise OSError if the disk of `folder` has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
     if free < size:
-        raise OSError(28, f'no room: the result takes {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free', str(out))
+        raise OSError(errno.ENOSPC, f'disk full: the result takes {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free', str(folder))
 
 
-def complete(out: Path, meta: dict):
-    """Give train.bin.part and test.bin.part their names and write meta.json, with counts and checksums, last."""
+def finish(folder: Path, out: Path, meta: dict) -> dict:
+    """Rename train.bin and test.bin from `folder` into `out`, then meta.json. Returns `meta` with counts and checksums added."""
     meta = {**meta, 'dtype': 'uint8', 'tokens': {}, 'sha256': {}}
-    for name in FILES:
-        with open(out / f'{name}.part', 'rb') as f:
-            meta['sha256'][name] = hashlib.file_digest(f, 'sha256').hexdigest()
-            meta['tokens'][name] = f.tell()  # all are uint8
-    for name in FILES:
-        os.replace(out / f'{name}.part', out / name)
-    write_atomically(out / 'meta.json', json.dumps(meta, indent=1).encode())
+    for name in SPLITS:
+        with open(folder / name, 'rb') as file:
+            meta['sha256'][name] = hashlib.file_digest(file, 'sha256').hexdigest()
+            meta['tokens'][name] = file.tell()
+    atomic_write(folder / 'meta.json', json.dumps(meta, indent=1))
+    for name in (*SPLITS, *META):
+        if (folder / name).exists():
+            os.replace(folder / name, out / name)
     return meta
 
 
-def run(name: str, out: Path, work):
-    """Call work() for a command line: what can go wrong ends in one line and a non-zero exit code."""
+def run_command(name: str, out: Path, work) -> None:
+    """Call work() for a command line. An expected error ends the program with one line and exit code 1."""
     try:
         work()
-    except OSError as e:
-        sys.exit(f'{name}: {e.filename or out}: {e.strerror or e}; free some room or choose another --out and start again: '
-                 'what was finished is kept')
-    except ValueError as e:
-        sys.exit(f'{name}: {e}')
+    except OSError as error:
+        hint = '; free some space or choose another --out, then run the same command again' if error.errno in DISK_FULL else ''
+        sys.exit(f'{name}: {error.filename or out}: {error.strerror or error}{hint}')
+    except ValueError as error:
+        sys.exit(f'{name}: {error}')
     except KeyboardInterrupt:
-        sys.exit(f'{name}: stopped; the same command goes on from here')
+        sys.exit(f'{name}: stopped; run the same command again to finish the work')
