@@ -7,7 +7,7 @@ three channels, truncated, so that ids are 0 … 255. The test set is --test-ima
 with --seed. Both sets keep the order of the parts.
 
 The images are read in blocks straight from the archive, so memory stays below 100 MB. The disk holds no more than the result.
-A run that is killed leaves no train.bin, and the same command starts again: all six parts take about a minute on one core.
+A run that is killed leaves no train.bin, and the same command starts again: all six parts take a minute or two on one core.
 """
 
 import argparse

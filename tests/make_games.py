@@ -1,9 +1,9 @@
-"""Chess games played by a real engine, written as the Lichess data set is: parquet and PGN. Input for tests and small runs.
+"""Plays chess games with an engine and writes them in the form of the Lichess data set: parquet and PGN. For tests and small runs.
 
     python tests/make_games.py DIR --games 2000 --files 4     # needs the programs `stockfish` (Debian) and python-chess
 
-Two Stockfish players of unlike strength (skill level and nodes a move drawn per game) play from a few random moves. A game ends
-by rule or, as most do online, by resignation. Where there is no Stockfish, tests let both play at random.
+Two Stockfish players of different strength (skill level and nodes a move are drawn for each game) start after a few random moves.
+A game ends by the rules or by resignation, as most online games do. Without Stockfish, the tests let both sides play random moves.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SCHEMA = pa.schema([('Event', pa.string()), ('White', pa.string()), ('Black', pa
 
 
 class Engine:
-    """Stockfish behind a pipe: the few words of the UCI protocol that fixed-node play needs."""
+    """Stockfish in a process of its own, and the commands of the UCI protocol that are needed to play."""
 
     def __init__(self):
         self.process = subprocess.Popen([STOCKFISH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
@@ -48,13 +48,13 @@ class Engine:
 
 
 @functools.cache
-def engine() -> Engine:  # one a process
+def engine() -> Engine:  # one for each worker process
     return Engine()
 
 
 def play(seed: int) -> dict:
-    """One game as a row of SCHEMA. Skill 0 … 20 stands for ratings of about 600 … 2800; every fourth game has evaluations."""
-    import chess  # here, so that reading the schema needs no python-chess
+    """One game as a row of SCHEMA. The ratings follow from the skill: 0 … 20 become about 600 … 2800."""
+    import chess  # here, so that the schema can be imported without python-chess
 
     rng = random.Random(seed)
     if STOCKFISH:
@@ -80,7 +80,7 @@ def play(seed: int) -> dict:
 
 
 def movetext(sans, result, rng) -> str:
-    """Moves as Lichess writes them: numbers for both sides, clocks in braces, in some games evaluations and ?! marks."""
+    """The moves as Lichess writes them: numbers for both sides, clocks in braces, in every fourth game evaluations and ?! marks."""
     words, clocks, judged = [], [180, 180], rng.random() < 0.25
     for i, san in enumerate(sans):
         clocks[i % 2] = max(1, clocks[i % 2] - rng.randint(0, 4))
@@ -112,7 +112,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('dir', type=Path)
     parser.add_argument('--games', type=int, default=2000)
-    parser.add_argument('--files', type=int, default=4, help='parquet files to spread them over (games.pgn holds all)')
+    parser.add_argument('--files', type=int, default=4, help='number of parquet files; games.pgn holds all games')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--jobs', type=int, default=2)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""CIFAR-5M-shaped parts cut from real photographs (those scikit-image ships). Input for tests and small runs.
+"""Writes parts in the form of CIFAR-5M, cut from the photographs in scikit-image. For tests and small runs.
 
     python tests/make_images.py DIR --parts 1 --images 1000448      # one part of the true size: 3.07 GB
 
-A window of 32 by 32 from a photograph at one of four scales, half of them mirrored. Deterministic in --seed. Written as
-np.savez writes, but block by block: memory stays small.
+An image is a window of 32 by 32 pixels in a photograph at one of four scales, mirrored in half of the cases. --seed determines it.
+The format is that of np.savez, but it is written in blocks, which needs little memory.
 """
 
 import argparse

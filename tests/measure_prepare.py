@@ -1,8 +1,8 @@
-"""The preparations at true size: rate and peak memory at 1× and 8×, ten kills, a full disk. Takes some 15 minutes and 60 GB.
+"""Measures the preparations: rate and peak memory at two sizes, ten kills, a full disk. Takes about 20 minutes and 20 GB.
 
-    python tests/measure_prepare.py DIR            # everything; or name some of: chess cifar5m kills disk
+    python tests/measure_prepare.py DIR            # everything; or some of: chess cifar5m kills disk
 
-1× is 200,000 games (engine games, repeated under other ratings) in 8 parquet files, and one part of 1,000,448 images.
+1× is 50,000 games (engine games, repeated with other ratings) in 8 parquet files, and one CIFAR-5M part of 1,000,448 images.
 """
 
 import argparse
@@ -19,39 +19,42 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 PART = 1_000_448  # images of a part of CIFAR-5M
-GAMES = 200_000
-DISTINCT = 4_000  # games really played
+GAMES = 50_000
+DISTINCT = 4_000  # games that are played; the others repeat them
 
 
 def measure(script, *arguments) -> tuple[float, float, float]:
-    """(wall seconds, CPU seconds, peak memory in MB of the processes together, pages that they share counted once)."""
+    """(wall seconds, CPU seconds, peak memory in MB) of a script with all its processes. Shared memory pages count once."""
     started = time.time()
     process = subprocess.Popen([sys.executable, killing.HERE / script, *map(str, arguments)], stderr=subprocess.PIPE)
     peak, cpu = 0, 0.0
     while process.poll() is None:
-        peak, cpu = max(peak, memory(process.pid)), max(cpu, seconds(process.pid))
+        peak, cpu = max(peak, memory(process.pid)), max(cpu, cpu_seconds(process.pid))
         time.sleep(0.05)
     assert process.returncode == 0, process.stderr.read().decode()
     return time.time() - started, cpu, peak / 1024
 
 
-def family(pid) -> list[int]:
+def process_tree(pid) -> list[int]:
+    """A process and its descendants (Linux)."""
     children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-    return [pid, *(p for child in children for p in family(child))]
+    return [pid, *(p for child in children for p in process_tree(child))]
 
 
 def memory(pid) -> int:
-    """KiB, by /proc (Linux); 0 for a family that ends meanwhile."""
+    """Memory of a process tree in KiB, 0 if one of its processes has just ended (Linux)."""
     try:
-        return sum(int(line.split()[1]) for p in family(pid)
+        return sum(int(line.split()[1]) for p in process_tree(pid)
                    for line in Path(f'/proc/{p}/smaps_rollup').read_text().splitlines() if line.startswith('Pss:'))
     except (FileNotFoundError, ProcessLookupError):
         return 0
 
 
-def seconds(pid) -> float:
+def cpu_seconds(pid) -> float:
+    """CPU seconds of a process tree, 0 if one of its processes has just ended (Linux)."""
     try:
-        return sum(sum(map(int, Path(f'/proc/{p}/stat').read_text().rsplit(')', 1)[1].split()[11:13])) for p in family(pid)) / 100
+        times = [Path(f'/proc/{p}/stat').read_text().rsplit(')', 1)[1].split()[11:13] for p in process_tree(pid)]
+        return sum(int(user) + int(system) for user, system in times) / 100
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
 
@@ -70,7 +73,7 @@ def chess_inputs(folder: Path, times: int) -> list[Path]:
             for c in ('WhiteElo', 'BlackElo'):
                 ratings = pa.array(rng.integers(600, 2900, size=len(rows)).astype(np.int16))
                 rows = rows.set_column(rows.schema.get_field_index(c), c, ratings)
-            pq.write_table(rows, target / f'{i}.parquet', row_group_size=len(rows))  # one row group: the worst for memory
+            pq.write_table(rows, target / f'{i}.parquet', row_group_size=len(rows))  # one row group needs most memory
     return sorted(target.iterdir())
 
 
@@ -109,21 +112,21 @@ def kills(folder: Path):
             make_images.write_part(part, 50_000, seed=i)
     for script, inputs in (('prepare_chess.py', chess_inputs(folder, 1)[:4]), ('prepare_cifar5m.py', parts)):
         out, reference = folder / 'out-killed', folder / 'out-reference'
-        subprocess.run(['rm', '-rf', out, reference], check=True)  # a whole one would end at once
+        subprocess.run(['rm', '-rf', out, reference], check=True)
         started = time.time()
         ran = killing.run(script, *inputs, '--out', reference)
         assert ran.returncode == 0, ran.stderr
         whole = time.time() - started
         runs = killing.kill_at_random(script, [*inputs, '--out', out], out, killing.checksums(reference), kills=10, seconds=whole)
-        print(f'{script}: 10 of {runs} runs killed within {whole:.1f} s, all bytes those of one undisturbed run', flush=True)
+        print(f'{script}: 10 of {runs} runs killed within {whole:.1f} s; all bytes equal those of an uninterrupted run', flush=True)
         subprocess.run(['rm', '-r', out, reference], check=True)
 
 
 def full_disk(folder: Path):
-    """Both scripts on a tmpfs that fills up while they write (needs root): told before it starts, or in the middle."""
+    """Run both scripts on a small tmpfs (needs root), which is full in the middle of the work or before the result is begun."""
     disk = folder / 'disk'
     disk.mkdir(parents=True, exist_ok=True)
-    for script, inputs, sizes in (('prepare_chess.py', chess_inputs(folder, 1)[:2], (8, 25)),
+    for script, inputs, sizes in (('prepare_chess.py', chess_inputs(folder, 1)[:2], (3, 8)),
                                   ('prepare_cifar5m.py', image_inputs(folder, 1), (500,))):
         for size in sizes:
             subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}m', 'tmpfs', disk], check=True)
