@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hydra
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -88,6 +89,7 @@ def test_every_grid_point_is_a_valid_run_and_the_header_is_true(name):
     header = ' '.join(line.lstrip('# ') for line in (FOLDER / f'{name}.yaml').read_text().splitlines() if line.startswith('#'))
     pattern = r'Runs: (\S+) Cost: (\S+) FLOPs .*?, (\S+) (hours|minutes) at (\S+) FLOP/s .*?evaluation \+(\d+)%'
     said_runs, said_flops, time, unit, rate, said_evaluation = re.search(pattern, header).groups()
+    assert f'Command: python -m experiments.run experiments/{name}.yaml' in header and 'Expected: ' in header
     assert int(said_runs) == runs
     flops = evaluation = 0
     for point in points:
@@ -100,6 +102,25 @@ def test_every_grid_point_is_a_valid_run_and_the_header_is_true(name):
     seconds = flops / float(rate)
     assert float(time.replace(',', '')) == pytest.approx(seconds / {'hours': 3600, 'minutes': 60}[unit], rel=0.006)  # three, or two
     assert int(said_evaluation) == round(100 * evaluation / flops)
+
+
+@pytest.mark.parametrize('name', [name for name in FILES if name.startswith('laptop')])
+def test_expected_losses_are_those_of_the_saved_logs(name):
+    """Means over seeds of the final test losses, for every point, or the ends of their range."""
+    header = ' '.join(line.lstrip('# ') for line in (FOLDER / f'{name}.yaml').read_text().splitlines() if line.startswith('#'))
+    expected, log = re.search(r'Expected: test loss (.*) Saved in (logs/\S+\.parquet)\.', header).groups()
+    stated = set(re.findall(r'(?<![=\d.])\d\.\d{3}(?!\d)', expected))
+    rows = pd.read_parquet(FOLDER.parent / log)
+    final = rows[rows.groupby('run').step.transform('max') == rows.step]
+    means = {}
+    for point in points_of(name):
+        run = point.run
+        same = final[(final.D == run.model.D) & (final.schedule == run.opt.schedule) & (final.decay_frac == run.opt.decay_frac) &
+                     np.isclose(final.peak_lr, run.opt.lr) & np.isclose(final['T'], run.T)]
+        assert sorted(same.seed) == sorted(run.all_seeds), point.label
+        means[point.label] = f'{same.test_loss.mean():.3f}'
+    assert stated <= set(means.values()), (stated, means)
+    assert stated == set(means.values()) or ' to ' in expected
 
 
 def test_published_sizes_and_lengths():
