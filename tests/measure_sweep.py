@@ -1,9 +1,9 @@
-"""A W&B sweep on preemptible machines: two real agents, one machine killed in the middle, the server gone for a while.
+"""Runs a W&B sweep with two real agents, kills one agent's machine in the middle, and stops the server for a while.
 
-    python tests/measure_sweep.py DIR                    # 12 points, 30 s without a server: some three minutes
+    python tests/measure_sweep.py DIR                    # 12 points, 30 s without a server: about three minutes
 
 The server is a stand-in on this machine (SUPERCOLLAPSE_SHARED/tools/wandb_loopback.py). Checked at the end: every point finished
-exactly once, every history is whole and is that of the run's folder, and save_logs.py writes all runs.
+exactly once, W&B's history of every run is complete and equals that of the run's folder, and save_logs.py writes all runs.
 """
 import argparse
 import collections
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
+from trainer import checkpoint  # noqa: E402
 
 SWEEP = """
 program: {program}
@@ -45,7 +45,7 @@ parameters:
 
 
 def loopback():
-    """The module of the stand-in server, and a class of it that gives out again, as W&B does, runs that were preempted."""
+    """The class of a stand-in for the W&B server that requeues preempted runs, as W&B does."""
     path = Path(os.environ['SUPERCOLLAPSE_SHARED']) / 'tools/wandb_loopback.py'
     spec = importlib.util.spec_from_file_location('wandb_loopback', path)
     module = sys.modules['wandb_loopback'] = importlib.util.module_from_spec(spec)
@@ -54,7 +54,7 @@ def loopback():
     class Server(module.WandbLoopback):
         def __init__(self):
             super().__init__()
-            self.preempting, self.given_again = set(), []
+            self.preempting, self.requeued = set(), []
 
         def _file_stream(self, entity, project, run_id, data):
             if data.get('preempting'):
@@ -62,14 +62,14 @@ def loopback():
             return super()._file_stream(entity, project, run_id, data)
 
         def machine_died(self, run):
-            """What W&B notices five minutes after a run's last sign of life."""
+            """The run is marked as crashed, as W&B does five minutes after the last heartbeat of a run."""
             run.forced_state = 'crashed'
 
     class Mutation(module.MutationNode):
         def _commands(self, sweep, agent, alive):
             for run in sweep.runs if not alive else ():
                 if run.id in self.server.preempting and run.state in ('crashed', 'failed'):
-                    self.server.given_again.append(run.id)
+                    self.server.requeued.append(run.id)
                     run.forced_state, run.heartbeat_at = 'pending', time.time()
                     agent.runs.append(run)
                     return [{'type': 'resume', 'run_id': run.id, 'program': sweep.config['program'],
@@ -80,22 +80,23 @@ def loopback():
     return Server
 
 
-def until(condition, seconds, what):
+def wait_for(condition, seconds, what):
+    """Waits until condition() is true and returns its value. Raises AssertionError after so many seconds."""
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end, f'waited {seconds} s in vain for {what}'
+        assert time.monotonic() < end, f'waited {seconds} s for {what}'
         time.sleep(0.1)
     return found
 
 
-def family(pid) -> list[int]:
-    """A process and all that descend from it, by /proc (Linux)."""
+def process_tree(pid) -> list[int]:
+    """A process and all its descendants, from /proc (Linux)."""
     children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-    return [pid, *(p for child in children for p in family(child))]
+    return [pid, *(p for child in children for p in process_tree(child))]
 
 
 class Machine:
-    """A `wandb agent` with all that it starts."""
+    """A `wandb agent` and the processes that it starts."""
 
     def __init__(self, folder, env, sweep, number):
         self.out = folder / f'agent{number}.txt'
@@ -104,13 +105,13 @@ class Machine:
                                             stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
     def kill(self, number=signal.SIGKILL):
-        for pid in family(self.process.pid):
+        for pid in process_tree(self.process.pid):
             os.kill(int(pid), number)
         self.process.wait()
 
 
 def run_sweep(folder, widths, seeds, steps, outage, number=signal.SIGKILL):
-    """Runs the grid as described above; returns numbers about it."""
+    """Runs the grid as described at the top, checks it, and returns numbers about it."""
     begin = time.monotonic()
     with loopback()() as server:
         env = server.env(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL='1', JAX_PLATFORMS='cpu',
@@ -124,36 +125,36 @@ def run_sweep(folder, widths, seeds, steps, outage, number=signal.SIGKILL):
         (sweep,) = server.sweeps.values()
         machines, restarts = [Machine(folder, env, sweep.path, 0)], 0
         try:
-            until(lambda: sweep.agents, 60, 'the first agent')
+            wait_for(lambda: sweep.agents, 60, 'the first agent')
             machines.append(Machine(folder, env, sweep.path, 1))
 
-            def victim():  # the first machine goes in the middle of a run that has saved a state
+            def run_with_checkpoint():  # of the first agent, and not close to its end
                 for run in sweep.agents[0].runs:
                     saved = checkpoint.steps([folder / 'runs/tiny' / run.name])
                     if run.state == 'running' and run.history and saved and saved[0] < 0.8 * steps:
                         return run
 
-            run = until(victim, 120, 'a run with a checkpoint')
+            run = wait_for(run_with_checkpoint, 120, 'a run with a checkpoint')
             killed_at, rows_before = time.time(), len(run.history)
             machines[0].kill(number)
             if number == signal.SIGKILL:
                 server.machine_died(run)
             machines[0] = Machine(folder, env, sweep.path, 0)
             finished = len([r for r in sweep.runs if r.state == 'finished'])
-            until(lambda: len([r for r in sweep.runs if r.state == 'finished']) > finished, 120, 'another run to finish')
+            wait_for(lambda: len([r for r in sweep.runs if r.state == 'finished']) > finished, 120, 'another run to finish')
             if outage:
                 server.outage(outage, 'refuse')
                 time.sleep(outage)
 
-            def over():
+            def all_finished():
                 nonlocal restarts
                 if all(r.state == 'finished' for r in sweep.runs) and not sweep.waiting:
                     return True
                 for i, machine in enumerate(machines):
-                    if machine.process.poll() is not None:  # an agent whose server is gone for long gives up
+                    if machine.process.poll() is not None:  # an agent gives up when its server is away for long
                         machines[i], restarts = Machine(folder, env, sweep.path, i), restarts + 1
 
-            until(over, 300, 'the end of the sweep')
+            wait_for(all_finished, 300, 'the end of the sweep')
         finally:
             for machine in machines:
                 if machine.process.poll() is None:
@@ -165,8 +166,8 @@ def run_sweep(folder, widths, seeds, steps, outage, number=signal.SIGKILL):
             logged = [{k: v for k, v in row.items() if not k.startswith('_')} for row in r.history]
             assert logged == on_disk and on_disk[-1]['step'] == steps, r.name
             assert json.loads((folder / 'runs/tiny' / r.name / 'summary.json').read_text())['state'] == 'finished'
-        assert server.given_again == [run.id], (server.given_again, run.id)
-        assert sum(row['_timestamp'] < killed_at for row in run.history) >= rows_before > 0  # it went on, and did not start over
+        assert server.requeued == [run.id], (server.requeued, run.id)
+        assert sum(row['_timestamp'] < killed_at for row in run.history) >= rows_before > 0  # resumed, not started again
         saved = subprocess.run([sys.executable, ROOT / 'save_logs.py', '--project', 'grid', '--entity', 'team', '--tag', 'tiny',
                                 '--out', folder / 'log.parquet'], **started)
         assert saved.returncode == 0, saved.stderr
