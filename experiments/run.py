@@ -4,6 +4,7 @@ The points of the grid are trained one after another, smallest compute first, wi
 ended are skipped, and a run that fails does not stop the others. Training itself is in train.py.
 """
 import argparse
+import bisect
 import itertools
 import signal
 import sys
@@ -35,6 +36,17 @@ class Point(NamedTuple):
     @property
     def label(self):
         return ' '.join(f'{key}={value}' for key, value in self.swept.items()) or self.run.name(self.run.all_seeds[0])
+
+    @property
+    def flops_per_batch(self) -> int:
+        """FLOPs of the gradient of one batch, for all seeds that are still to be trained."""
+        return 6 * self.run.derived.num_params * self.run.derived.tokens_per_step * len(self.todo)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of training and evaluation of these seeds."""
+        d = self.run.derived
+        return self.flops_per_batch * (d.steps + len(d.eval_points) * d.num_test_batches)
 
 
 def read_sweep(path):
@@ -112,25 +124,30 @@ def expand(name, axes, data_needed=True):
 
 
 class SweepBar(tqdm):
-    """A progress bar of FLOPs. Its rate, and therefore its time left, leaves out the start-up and compilation of every run."""
+    """A progress bar of FLOPs, evaluations included. Its time left leaves out the start-up and compilation of every run.
 
-    def __init__(self, total, **options):
-        self.flops_per_step = self.flops = self.seconds = self.last_call = 0.0
-        self.calls = 0
-        super().__init__(total=total, unit='FLOP', unit_scale=True, **options)
+    The time left is shown after RATE_SECONDS, since the first steps of a run are slow and most of its evaluations come early.
+    """
+    RATE_SECONDS = 5
+
+    def __init__(self, points, **options):
+        self.point, self.calls = None, 0
+        self.flops = self.seconds = self.last_call = 0.0  # of the calls that count for the rate
+        super().__init__(total=sum(point.flops for point in points), unit='FLOP', unit_scale=True, **options)
 
     def start(self, point):
         """Begins a new run."""
-        self.flops_per_step, self.calls = point.run.derived.compute * len(point.todo) / point.run.derived.steps, 0
+        self.point, self.calls = point, 0
         self.set_description(point.label)
 
     def on_steps(self, steps, metrics):
-        """Counts steps, for train.train.
+        """Counts steps and evaluations, for train.train.
 
-        The first call of a run brings the steps of earlier sessions. The second comes after compilation, with one step at most.
+        The first call of a run brings the steps of earlier sessions. The second comes after compilation and one step or evaluation.
         """
         now = time.monotonic()
-        flops = steps * self.flops_per_step
+        evaluations = int('test_loss' in metrics) if self.calls else bisect.bisect_left(self.point.run.derived.eval_points, steps)
+        flops = self.point.flops_per_batch * (steps + evaluations * self.point.run.derived.num_test_batches)
         if self.calls >= 2:
             self.flops, self.seconds = self.flops + flops, self.seconds + now - self.last_call
         self.calls, self.last_call = self.calls + 1, now
@@ -139,7 +156,7 @@ class SweepBar(tqdm):
 
     @property
     def format_dict(self):
-        return super().format_dict | {'rate': self.flops / self.seconds if self.seconds else 0.0}
+        return super().format_dict | {'rate': self.flops / self.seconds if self.seconds >= self.RATE_SECONDS else 0.0}
 
 
 def train_points(points):
@@ -149,10 +166,9 @@ def train_points(points):
     """
     failed = set()
     points = [point for point in points if point.todo or point.run.wandb_mode == 'online']  # W&B may lack part of a finished run
-    total = sum(point.run.derived.compute * len(point.todo) for point in points)
-    with SweepBar(total, disable=not (points and distributed.is_main_process())) as bar:
+    with SweepBar(points, disable=not (points and distributed.is_main_process())) as bar:
         for point in points:
-            end = bar.n + point.run.derived.compute * len(point.todo)
+            end = bar.n + point.flops
             bar.start(point)
             try:
                 train.train(point.run, bar.on_steps)

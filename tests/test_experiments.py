@@ -299,26 +299,27 @@ def test_evaluations_that_cost_more_than_training_are_warned_of(tiny, capsys):
 
 
 def test_the_time_left_counts_neither_start_up_nor_compilation(tiny, monkeypatch):
-    """Each run takes 60 s to start and compile, then 1 s a step. An earlier session has done 4 steps of the second run."""
-    clock = iter([0.0, 60, 61, 62, 63, 123, 124])
+    """Each run takes 60 s to start and compile, then 1 s a batch. An earlier session has done 4 steps of the second run."""
+    clock = iter([0.0, 60, 61, 63, 64, 65, 70, 130, 131])
     monkeypatch.setattr(runner.time, 'monotonic', lambda: next(clock))
-    points = runner.expand(*runner.read_sweep(tiny))
-    first, second = (2 * point.run.derived.compute / 10 for point in points)  # FLOPs of a step of both seeds
-    with open('bar.txt', 'w') as file, runner.SweepBar(10 * (first + second), file=file) as bar:
+    points = runner.expand(*runner.read_sweep(tiny))  # evaluated at 0, 1, 9 and 10 of 10 steps, on one batch
+    first, second = (2 * point.run.derived.compute / 10 for point in points)  # FLOPs of a batch of both seeds
+    evaluation = {'test_loss': 1.0}
+    with open('bar.txt', 'w') as file, runner.SweepBar(points, file=file) as bar:
+        assert bar.total == pytest.approx(14 * (first + second))
         bar.start(points[0])
-        for steps in (0, 1):
-            bar.on_steps(steps, {})
-            assert bar.format_dict['rate'] == 0, 'unknown until the first step after compilation'
-        for steps in (1, 1):
-            bar.on_steps(steps, {})
-            assert bar.format_dict['rate'] == pytest.approx(first)
+        for steps, metrics in ((0, {}), (0, evaluation), (1, {}), (2, {}), (0, evaluation)):
+            bar.on_steps(steps, metrics)
+            assert bar.format_dict['rate'] == 0, 'unknown for the first seconds after compilation'
+        bar.on_steps(1, {})
+        assert bar.format_dict['rate'] == pytest.approx(first)
         bar.start(points[1])
         for steps in (4, 1):
             bar.on_steps(steps, {})
-            assert bar.format_dict['rate'] == pytest.approx(first), 'neither the start-up nor the earlier session counts'
+            assert bar.format_dict['rate'] == pytest.approx(first), 'neither the earlier session nor the start-up counts'
         bar.on_steps(1, {})
-        assert bar.format_dict['rate'] == pytest.approx((2 * first + second) / 3)
-        assert bar.n == pytest.approx(3 * first + 6 * second)
+        assert bar.format_dict['rate'] == pytest.approx((5 * first + second) / 6)
+        assert bar.n == pytest.approx(6 * first + 8 * second)  # of the second run, 6 steps and the evaluations at 0 and 1
 
 
 @pytest.mark.parametrize('stop, code', [(process.Interrupted(15), 128 + 15), (KeyboardInterrupt(), 128 + 2)])
