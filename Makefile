@@ -1,7 +1,7 @@
 # The front door. `make help` lists the targets; each sets up .venv itself when it has to.
 PYTHON ?= python3
 RUN := .venv/bin/python
-NOTEBOOKS := figures/*.ipynb
+NOTEBOOKS := figures/*.ipynb  # make figures NOTEBOOKS=figures/collapse.ipynb runs one
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help setup demo reproduce test lint bench bench-compare bench-growth figures games images measure-prepare lock clean

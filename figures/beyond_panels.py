@@ -40,7 +40,7 @@ def schedule_laws(curves, fits, fitted, most=6):
 
 def forecast(table, result):
     """Figure of a forecast: the ladder and the forecast curve; its bands and the measured curve relative to it; larger budgets."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.3))
     curves, horizon, x = collapsing.curves(table), scaling_law.horizon_of(table), result['x']
     ladder = curves.p <= result['ladder'][-1] * 1.001
     for m, colour in enumerate(style.colours([*curves.p[ladder], result['num_params']])[:-1]):

@@ -221,7 +221,7 @@ def power_law_grid(alpha=0.6, beta=0.52):
     rows = {'two terms': (power_laws.TWO_TERMS, 1.0),
             f'phase II, α={alpha:g}, β={beta:g}': (power_laws.phase_terms(alpha, beta), power_laws.data_exponent(alpha, beta))}
     p = power_laws.MODELS
-    figure, axes = plt.subplots(2, 4, figsize=(12, 5.6))
+    figure, axes = plt.subplots(2, 4, figsize=(10.5, 5.2))
     x = np.linspace(0.01, 1, 200)
     for row, (name, (terms, gamma)) in zip(axes, rows.items(), strict=True):
         for one, colour in zip(p, style.colours(p), strict=True):
