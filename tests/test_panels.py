@@ -30,10 +30,12 @@ def test_the_same_figure_is_the_same_bytes(ladder, tmp_path):
 
 
 def test_theme_is_undone_at_the_end():
-    before = dict(matplotlib.rcParams)
-    with style.theme():
-        assert matplotlib.rcParams['axes.grid'] and all(matplotlib.rcParams[f'axes.spines.{side}'] for side in ('top', 'right'))
-    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        before = dict(matplotlib.rcParams)
+        with style.theme():
+            assert matplotlib.rcParams['axes.grid'] and matplotlib.rcParams['axes.spines.top']
+        assert dict(matplotlib.rcParams) == before
 
 
 def test_colours_follow_log_p():
