@@ -125,7 +125,7 @@ def test_published_evaluation_points(resolve):
     assert resolve('mlp', 'T=2048000', 'num_evals=6').derived.eval_points == (0, 1, 22, 249, 499, 500)
 
 
-def test_evaluations_that_cost_more_than_training_are_told(resolve):
+def test_evaluations_that_cost_more_than_training_give_a_warning(resolve):
     """An evaluation takes the gradient of every test batch, and so costs as much as that many training steps."""
     run = resolve('mlp', 'T=2e6')  # 488 steps, evaluated 24 batches at a time
     points = len(run.derived.eval_points)

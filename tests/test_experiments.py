@@ -172,7 +172,7 @@ parameters:
 
 @pytest.fixture
 def tiny(tmp_path, tmp_path_factory, monkeypatch):
-    """A sweep file of 2 widths × 2 seeds × 10 steps, in a folder of its own that runs are written to."""
+    """A sweep file of 2 widths × 2 seeds × 10 steps, in the folder that its runs are written to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp()))
     monkeypatch.setattr(speed, 'matmul_rate', lambda dtype: 1e11)
@@ -227,7 +227,7 @@ def test_one_failure_does_not_stop_the_rest(tiny, capsys, write_tokens):
     assert re.search(r'^ +0.01 +good .* finished', out, re.M)
 
 
-@pytest.mark.parametrize('overrides, told', [
+@pytest.mark.parametrize('overrides, message', [
     (['model.Q=3'], "unknown key 'model.Q'; configs/default.yaml lists all keys; did you mean model."),
     (['T=700', 'token_per_param=1'], 'model.D=16: the horizon is ambiguous: T=700'),
     (['model.D=8,abc'], 'model.D=abc: model.D'),
@@ -236,26 +236,26 @@ def test_one_failure_does_not_stop_the_rest(tiny, capsys, write_tokens):
     (['model.D=8,8'], 'two points of the grid write the folder'),
     (['run_dir=here'], 'two points of the grid write the folder'),
 ])
-def test_bad_grids_are_refused_before_the_first_run(tiny, overrides, told):
-    message = run(tiny, *overrides)
-    assert told in message and '\n' not in message
+def test_bad_grids_are_refused_before_the_first_run(tiny, overrides, message):
+    line = run(tiny, *overrides)
+    assert message in line and '\n' not in line
     assert not Path('runs').exists()
 
 
-@pytest.mark.parametrize('text, told', [
+@pytest.mark.parametrize('text, message', [
     ('a: [', 'is not YAML'),
     ('method: bayes', 'is not a grid sweep'),
     ('{method: grid, parameters: {}}', 'names no configuration'),
     ('{method: grid, parameters: {}, command: [-cn, chesss]}', 'did you mean chess?'),
     ('{method: grid, parameters: {T: 3}, command: [-cn, mlp]}', 'parameter T has no values'),
 ])
-def test_bad_files_are_refused(tmp_path, text, told):
+def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / 'bad.yaml').write_text(text)
-    message = run(str(tmp_path / 'bad.yaml'))
-    assert told in message and '\n' not in message
+    line = run(str(tmp_path / 'bad.yaml'))
+    assert message in line and '\n' not in line
 
 
-def test_a_missing_file_is_told_with_what_is_there(tmp_path):
+def test_a_missing_file_gets_a_line_with_the_files_that_exist(tmp_path):
     message = run(str(tmp_path / 'mpl.yaml'))
     assert 'there is no sweep file' in message and 'mlp_fit' in message and message.endswith('did you mean mlp?')
     assert '\n' not in message and 'Errno' not in message
@@ -279,7 +279,7 @@ def test_overrides_and_seeds(tiny):
         ({'model.D': 32}, 0.01, 'online', [0, 1]), ({'model.D': 64}, 0.01, 'online', [0, 1])]
     grouped = runner.expand(name, axes)[0].run
     alone = runner.expand(name, axes | {'seed': [1]})[0].run
-    assert alone.name(1) == grouped.name(1), 'fused or alone, a seed is the same run'
+    assert alone.name(1) == grouped.name(1), 'a seed is the same run whether trained alone or with others'
     assert alone.seeds is None
 
 
