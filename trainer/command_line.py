@@ -29,7 +29,7 @@ def run(main):
 
 def usage() -> str:
     return (f'usage: python train.py -cn CONFIG [key=value …]\n\nCONFIG is one of {", ".join(config_names())}; for example\n'
-            f'  {EXAMPLE}\n\nThe keys and their defaults (configs/default.yaml):\n\n{(config.CONFIGS / "default.yaml").read_text()}')
+            f'  {EXAMPLE}\n\nThe keys and their defaults:\n\n{(config.CONFIGS / "default.yaml").read_text()}')
 
 
 def check_config(words):
