@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,7 +119,7 @@ def silent_wandb(monkeypatch):
     """W&B's client waits for its server as long as the test runs. Yields the exit codes that the program would end with."""
     answer, exit_codes = threading.Event(), []
     monkeypatch.setattr('wandb.init', lambda **settings: answer.wait(60))
-    monkeypatch.setattr(wandb_logger.atexit, 'register', lambda function, code: exit_codes.append(code))
+    monkeypatch.setattr(wandb_logger, 'atexit', SimpleNamespace(register=lambda function, code: exit_codes.append(code)))
     yield exit_codes
     answer.set()
 
