@@ -159,7 +159,7 @@ def timed(call):
     return result, time.perf_counter() - start
 
 
-def process(overrides, cache):
+def time_process(overrides, cache):
     """(seconds from the start of a `python train.py` to its first step, wall seconds of all of it) with this compilation cache."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, 'train.py', '-cn', 'mlp', *MLP, *overrides, 'wandb_mode=disabled', f'run_dir={folder}/run']
@@ -173,8 +173,8 @@ def processes():
     evaluations at D = 128, with that cache: {name: seconds}."""
     with tempfile.TemporaryDirectory() as cache:
         one_step = ['model.D=128', 'T=4096', 'num_evals=2']
-        cold, warm = (process(one_step, cache)[0] for _ in range(2))
-        whole = process(['model.D=128', f'T={500 * 4096}', 'num_evals=2'], cache)[1]
+        cold, warm = (time_process(one_step, cache)[0] for _ in range(2))
+        whole = time_process(['model.D=128', f'T={500 * 4096}', 'num_evals=2'], cache)[1]
     return {'start_cold': cold, 'start_warm': warm, 'whole_process': whole}
 
 
