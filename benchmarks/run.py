@@ -106,7 +106,7 @@ def measure_run(run):
             return w / (1e-6 + jnp.max(jnp.abs(w)))
         return jax.lax.fori_loop(0, n, lambda _, weights: list(map(one, weights)), weights)
 
-    options = distributed.compiler_options(mesh.size)
+    options = distributed.compiler_options(list(mesh.devices.flat))
     make, update, multiply = (jax.jit(part, compiler_options=options) for part in (batches, updates, chains))
     weights = product_weights(run, S)
     x = {w.shape[1]: jnp.ones((S, run.opt.B * run.model.L, w.shape[1])) for w in weights}
