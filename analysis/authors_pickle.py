@@ -6,33 +6,26 @@ The files are described in the authors' public repository: one row a run, and th
 import io
 import pickle
 
+import numpy as np
 import pandas as pd
 
 from analysis.columns import PETA, ROW_COLUMNS, LogError
 
 # The constructors in a pickled DataFrame of numbers and text, for pandas 1.5 to 3 and numpy 1 and 2. Loading a pickle calls
 # the functions that it names, so any other name is refused before it is imported.
-ALLOWED = {
-    ('builtins', 'slice'),
-    ('pandas.core.frame', 'DataFrame'), ('pandas.core.series', 'Series'), ('pandas', 'DataFrame'),
-    ('pandas.core.internals.managers', 'BlockManager'), ('pandas.core.internals.managers', 'SingleBlockManager'),
-    ('pandas._libs.internals', '_unpickle_block'),
-    ('pandas.core.indexes.base', '_new_Index'), ('pandas.core.indexes.base', 'Index'), ('pandas', 'Index'),
-    ('pandas.core.indexes.range', 'RangeIndex'), ('pandas', 'RangeIndex'),
-    ('pandas.core.indexes.numeric', 'Int64Index'), ('pandas.core.indexes.numeric', 'Float64Index'),
-    ('pandas.core.arrays.string_', 'StringDtype'), ('pandas', 'StringDtype'),
-    ('pandas.core.arrays.string_', 'StringArray'), ('pandas.core.arrays.string_', 'StringArrayNumpySemantics'),
-    ('pandas.arrays', 'StringArray'), ('pandas._libs.arrays', '__pyx_unpickle_NDArrayBacked'),
-    ('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy.dtypes', 'StrDType'),
-    ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'),
-    ('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar'),
-    ('numpy.core.numeric', '_frombuffer'), ('numpy._core.numeric', '_frombuffer'),
-    # text columns of pandas 3
-    ('pandas.arrays', 'ArrowStringArray'), ('pyarrow.lib', '_restore_array'), ('pyarrow.lib', 'type_for_alias'),
-    ('pyarrow.lib', 'py_buffer'), ('builtins', 'bytearray'),
-}
-RENAMED = {('pandas.core.indexes.numeric', 'Int64Index'): ('pandas', 'Index'),  # both became Index in pandas 2
-           ('pandas.core.indexes.numeric', 'Float64Index'): ('pandas', 'Index')}
+ALLOWED = set('''
+    builtins.slice builtins.bytearray numpy.ndarray numpy.dtype numpy.dtypes.StrDType
+    numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy.core.numeric._frombuffer
+    numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar numpy._core.numeric._frombuffer
+    pandas.DataFrame pandas.core.frame.DataFrame pandas.core.series.Series pandas._libs.internals._unpickle_block
+    pandas.core.internals.managers.BlockManager pandas.core.internals.managers.SingleBlockManager
+    pandas.Index pandas.core.indexes.base.Index pandas.core.indexes.base._new_Index
+    pandas.RangeIndex pandas.core.indexes.range.RangeIndex
+    pandas.core.indexes.numeric.Int64Index pandas.core.indexes.numeric.Float64Index
+    pandas.StringDtype pandas.core.arrays.string_.StringDtype pandas._libs.arrays.__pyx_unpickle_NDArrayBacked
+    pandas.arrays.StringArray pandas.core.arrays.string_.StringArray pandas.core.arrays.string_.StringArrayNumpySemantics
+    pandas.arrays.ArrowStringArray pyarrow.lib._restore_array pyarrow.lib.type_for_alias pyarrow.lib.py_buffer'''.split())
+RENAMED = {'Int64Index': ('pandas', 'Index'), 'Float64Index': ('pandas', 'Index')}  # both became Index in pandas 2
 
 # Labels of schedules in the authors' figures (c5m.pkl has '$1-x$'), by our names.
 SCHEDULE_LABELS = {'$1-x$': 'linear', '1-x': 'linear', '$1$': 'const', '1': 'const', 'constant': 'const',
@@ -47,11 +40,11 @@ class FrameUnpickler(pickle.Unpickler):
     """Loads data frames of numbers and text. Any other constructor raises LogError and is not imported."""
 
     def find_class(self, module, name):
-        if (module, name) not in ALLOWED:
+        if f'{module}.{name}' not in ALLOWED:
             raise LogError(f'refused: the pickle asks for {module}.{name}, which no saved log needs; nothing was executed')
         if name == '_restore_array':
             return _restore_checked
-        module, name = RENAMED.get((module, name), (module, name))
+        module, name = RENAMED.get(name, (module, name))
         return super().find_class(module.replace('numpy.core.', 'numpy._core.'), name)
 
 
@@ -64,7 +57,7 @@ def _restore_checked(data):
 
 
 def load_frame(path):
-    """The pickled DataFrame in the file. Raises LogError if it is anything else, or has no column `history`."""
+    """The pickled DataFrame in the file. Raises LogError if it is anything else, or has no column `history` of DataFrames."""
     try:
         frame = FrameUnpickler(io.BytesIO(path.read_bytes())).load()
     except LogError as error:
@@ -74,6 +67,10 @@ def load_frame(path):
         raise LogError(f'{path}: not a readable pickle of a log ({type(error).__name__}: {error})') from None
     if not isinstance(frame, pd.DataFrame) or 'history' not in frame:
         raise LogError(f'{path}: holds {type(frame).__name__}, wanted a DataFrame with a column history, one row a run')
+    for number, history in enumerate(frame['history']):
+        if not isinstance(history, pd.DataFrame) or not {'compute', 'test_loss'} <= set(history):
+            found = f'the columns {", ".join(map(str, history))}' if isinstance(history, pd.DataFrame) else type(history).__name__
+            raise LogError(f'{path}: history of row {number} has {found}; wanted a DataFrame with compute and test_loss')
     return frame
 
 
@@ -84,41 +81,26 @@ def read_pickle(path):
     means that the value is missing. Columns for display (scaled_*, color) are left out. Raises LogError.
     """
     frame = load_frame(path)
-    frames = []
-    for number, (_, row) in enumerate(frame.iterrows()):
-        history = row['history']
-        if not isinstance(history, pd.DataFrame):
-            raise LogError(f'{path}: history of row {number} is {type(history).__name__}, wanted a DataFrame')
-        missing = [column for column in ('compute', 'test_loss') if column not in history]
-        if missing:
-            raise LogError(f'{path}: history of row {number} has no {", ".join(missing)}; '
-                           f'it has {", ".join(map(str, history.columns))}')
-        values = _run_values(row, history)
-        if 'num_params' not in values:
-            raise LogError(f'{path}: row {number} has neither num_params nor P, nor tokens to derive them from')
-        rows = history[[column for column in ROW_COLUMNS if column in history]].astype(float)
-        rows['compute'] *= PETA
-        frames.append(rows.assign(run=f'{path.stem}-{number:03d}', tag=path.stem, **values))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({'run': [], 'test_loss': []})
+    if not len(frame):
+        return frame
+    frame.index = [f'{path.stem}-{number:03d}' for number in range(len(frame))]
+    rows = pd.concat([history.assign(run=run, compute=history['compute'] * PETA) for run, history in frame['history'].items()])
+    rows = rows[['run', *(column for column in ROW_COLUMNS if column in rows)]]
 
-
-def _run_values(row, history):
-    """{column: value} of one run, without the columns that are missing."""
-    counts = ('D', 'N', 'L', 'V', 'B', 'T', 'seed', 'decay_frac', 'num_params', 'P')
-    values = {column: row[column] for column in counts if column in row and pd.notna(row[column]) and row[column] != -1}
-    p = values.pop('P', None)
-    if 'num_params' not in values and p is not None:
-        values['num_params'] = p
-    if 'num_params' not in values and 'tokens' in history:
-        last = history.iloc[-1]
-        values['num_params'] = round(last['compute'] * PETA / (6 * last['tokens']))
-    if 'lr' in row:
-        values['peak_lr'] = row['lr']
-    if 'schedule' in row and isinstance(row['schedule'], str):
-        values['schedule'] = SCHEDULE_LABELS.get(row['schedule'], row['schedule'])
-    if 'opt_C' in row and row['opt_C'] > 0:
-        values['opt_compute'] = row['opt_C'] * PETA
-    if 'Buvar' in history and {'B', 'L'} <= set(values):
-        T_eval = T_EVAL_MLP if values['L'] == 1 else T_EVAL_TRANSFORMER
-        values['num_test_batches'] = T_eval // (values['B'] * values['L'])
-    return values
+    counts = frame.reindex(columns=['D', 'N', 'L', 'V', 'B', 'T', 'seed', 'decay_frac', 'num_params', 'P', 'opt_C'])
+    runs = counts.mask(counts == -1).astype(float).assign(tag=path.stem)
+    runs['opt_compute'] = runs.pop('opt_C') * PETA
+    if 'lr' in frame:
+        runs['peak_lr'] = frame['lr']
+    if 'schedule' in frame:
+        runs['schedule'] = frame['schedule'].map(lambda label: SCHEDULE_LABELS.get(label, label))
+    runs['num_params'] = runs['num_params'].fillna(runs.pop('P'))
+    if 'tokens' in rows:
+        end = rows.groupby('run').last()
+        runs['num_params'] = runs['num_params'].fillna((end['compute'] / (6 * end['tokens'])).round())
+    if runs['num_params'].isna().any():
+        raise LogError(f'{path}: a row has neither num_params nor P, nor tokens to derive them from')
+    if 'Buvar' in rows:
+        T_eval = np.where(runs['L'] == 1, T_EVAL_MLP, T_EVAL_TRANSFORMER)
+        runs['num_test_batches'] = T_eval // (runs['B'] * runs['L'])
+    return rows.merge(runs.dropna(axis=1, how='all'), left_on='run', right_index=True)
