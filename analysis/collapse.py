@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis import scaling_law
-from analysis.scaling_law import interval
+from analysis.scaling_law import LEVEL, interval
 from analysis.table import LogError, require, runs
 
 GRID = np.arange(1, 101) / 100  # normalised compute x
@@ -38,54 +38,36 @@ class Spread(NamedTuple):
 def ladder(table):
     """The table, if it is one scaling ladder: one schedule, one tag, one horizon per model. Raises LogError otherwise."""
     require(table, ['num_params', 'compute', 'test_loss'], 'a collapse')
-    ends = runs(table)
-    for column in ('schedule', 'decay_frac', 'tag', 'match_mup_at_D'):
-        values = ends[column].dropna().unique() if column in ends else []
-        if len(values) > 1:
-            raise LogError(f'a collapse compares runs that differ in size and seed only, and the log has {column} '
-                           f'{", ".join(map(str, sorted(values)))}; choose one with --where {column}=…')
-    for column in ('peak_lr', 'B', 'N', 'L'):  # they may depend on the size; a peak rate taken from the column lr is approximate
-        by_model = ends.groupby('num_params')[column] if column in ends else None
-        if by_model is not None and (by_model.max() / by_model.min()).max() > 1.1:
-            p = (by_model.max() / by_model.min()).idxmax()
-            values = ends.loc[ends['num_params'] == p, column].dropna().unique()
-            raise LogError(f'a collapse compares runs that differ in size and seed only, and the model with {p:.4g} parameters '
-                           f'has {column} {", ".join(f"{one:g}" for one in sorted(values))}; choose one with --where {column}=…')
-    horizon = scaling_law.horizon_of(table)
-    by_model = horizon.groupby(ends['num_params'])
-    wide = by_model.max() / by_model.min() > 1.02
-    if wide.any():
-        p = wide.idxmax()
-        raise LogError(f'the runs of the model with {p:.4g} parameters have horizons from {by_model.min()[p]:.4g} to '
-                       f'{by_model.max()[p]:.4g} FLOPs; choose one ladder, e.g. with --where T=…')
+    ends = runs(table).assign(horizon=scaling_law.horizon_of(table))
+    groups = [('the log', ends, ('schedule', 'decay_frac', 'tag', 'match_mup_at_D'))]
+    groups += [(f'the model with {p:.4g} parameters', own, ('peak_lr', 'B', 'N', 'L', 'horizon'))
+               for p, own in ends.groupby('num_params')]
+    for name, own, columns in groups:
+        for column in columns:
+            found = sorted(own[column].dropna().unique()) if column in own else []
+            tolerance = 1.1 if column == 'peak_lr' else 1.02  # it may come from the column lr; horizons differ by an evaluation
+            if len(found) > 1 and (isinstance(found[0], str) or found[-1] > tolerance * found[0]):
+                values = ', '.join(one if isinstance(one, str) else f'{one:.4g}' for one in found)
+                raise LogError(f'a collapse compares runs that differ in size and seed only, and {name} has {column} {values}; '
+                               f'choose one with --where {"T" if column == "horizon" else column}=…')
     return table
 
 
 def curves(table, x=GRID):
     """Curves with the loss of every run at x·C*, interpolated in (log C, log L), for the x at which every run has data."""
-    table = ladder(table)
-    ends, horizon = runs(table), scaling_law.horizon_of(table)
-    positive = table[table['compute'] > 0]
-    first = (positive.groupby('run')['compute'].first() / horizon).max()
+    ends, horizon = runs(ladder(table)).sort_values('num_params', kind='stable'), scaling_law.horizon_of(table)
+    rate = table.get('lr', np.nan) / table.get('peak_lr', np.nan)
+    table = table.assign(rate=rate, tau=table.get('tau', np.nan))[table['compute'] > 0]
+    rows = dict(list(table.groupby('run', sort=False)))
     x = np.asarray(x, float)
-    x = x[x >= first]
+    x = x[x >= max(own['compute'].iloc[0] / horizon[run] for run, own in rows.items())]
     if not len(x) or x[-1] != 1:
         raise LogError('the grid of normalised compute must end at 1 and begin where the runs do')
-    p = np.unique(ends['num_params'])
-    names, model, loss, lr, tau = [], [], [], [], []
-    for run, rows in positive.groupby('run', sort=False):
-        at = x * horizon[run]
-        C = rows['compute'].to_numpy()
-        at[-1] = min(at[-1], C[-1])  # a run may end on the last whole step before C*
-        names.append(run)
-        model.append(np.searchsorted(p, ends.at[run, 'num_params']))
-        loss.append(scaling_law.loss_at(rows, at))
-        lr.append(np.interp(at, C, rows['lr'] / ends.at[run, 'peak_lr']) if {'lr', 'peak_lr'} <= set(rows) else at * np.nan)
-        tau.append(np.interp(at, C, rows['tau']) if 'tau' in rows else at * np.nan)
-    order = np.argsort(model, kind='stable')
-    tau = np.array(tau)
-    return Curves(x, np.array(loss)[order], np.array(model)[order], p, [names[i] for i in order],
-                  np.mean(lr, 0), np.mean(tau / tau[:, -1:], 0))
+    p, model = np.unique(ends['num_params'], return_inverse=True)
+    loss = np.array([scaling_law.loss_at(rows[run], x * horizon[run]) for run in ends.index])
+    lr, tau = (np.array([np.interp(x * horizon[run], rows[run]['compute'], rows[run][column]) for run in ends.index])
+               for column in ('rate', 'tau'))
+    return Curves(x, loss, model, p, list(ends.index), lr.mean(0), (tau / tau[:, -1:]).mean(0))
 
 
 def normalise(curves, L0, by='own'):
@@ -100,15 +82,15 @@ def normalise(curves, L0, by='own'):
     reducible = curves.loss - L0[..., None, None]
     final = reducible[..., -1:]
     if by == 'expected':
-        final = (_weights(curves.model)[1] @ final)[..., curves.model, :]
+        final = (_model_mean(curves) @ final)[..., curves.model, :]
     return reducible / final
 
 
-def _weights(model):
-    """(weight of each run [R] that gives every model the same weight, matrix [M, R] that averages over the seeds of a model)."""
-    count = np.bincount(model)
-    average = (model[None] == np.arange(len(count))[:, None]) / count[:, None]
-    return average.sum(0) / len(count), average
+def _model_mean(curves, weight=None):
+    """[..., M, R] matrix that averages over the runs of each model. `weight` [..., R] counts each run so many times."""
+    weight = np.ones(len(curves.model)) if weight is None else weight
+    member = (curves.model == np.arange(len(curves.p))[:, None]) * weight[..., None, :]
+    return member / member.sum(-1, keepdims=True)
 
 
 def spread(curves, L0, ddof=0, by='own', weight=None):
@@ -117,25 +99,25 @@ def spread(curves, L0, ddof=0, by='own', weight=None):
     ddof 0 divides by the number of runs, as published. ddof 1 estimates the variance of the population; with five seeds it raises σ
     by 12%. `weight` [R] counts each run so many times (a bootstrap draw). Leading axes of L0 and weight broadcast.
     """
-    ell = normalise(curves, L0, by)                                            # [..., R, K]
-    count = np.ones(len(curves.model)) if weight is None else np.asarray(weight, float)
-    member = (curves.model[None] == np.arange(len(curves.p))[:, None]) * count[..., None, :]   # [..., M, R]
-    seeds = member.sum(-1, keepdims=True)
-    average = member / seeds
-    model_mean = average @ ell                                                 # [..., M, K]
-    model_square = average @ ell ** 2
+    average = _model_mean(curves, weight)
+
+    def mean_and_variance(values):  # over the seeds of each model [..., M, K], ddof 0
+        mean = average @ values
+        return mean, np.maximum(average @ values ** 2 - mean ** 2, 0)
+
+    model_mean, inner = mean_and_variance(normalise(curves, L0, by))
+    mean, between, within = model_mean.mean(-2), model_mean.var(-2), inner.mean(-2)     # V_p E_ω and E_p V_ω
+    level, variance = mean_and_variance(curves.loss - np.asarray(L0, float)[..., None, None])
+    seeds = np.bincount(curves.model)[:, None]
+    bessel = np.where(seeds > 1, seeds / np.maximum(seeds - ddof, 1), np.nan)           # NaN: one seed gives no noise floor
+    return Spread(mean, np.sqrt(between + within) * _pooled(ddof, curves) / mean, np.sqrt(between) / mean, np.sqrt(within) / mean,
+                  np.sqrt(variance * bessel) / level)
+
+
+def _pooled(ddof, curves):
+    """Factor from the standard deviation over all runs with ddof 0 to that with `ddof`."""
     R = len(curves.model)
-    mean = model_mean.mean(-2)
-    inner = np.maximum(model_square - model_mean ** 2, 0)                      # V_ω, ddof 0
-    between = np.maximum((model_mean ** 2).mean(-2) - mean ** 2, 0)            # V_p E_ω
-    within = inner.mean(-2)                                                    # E_p V_ω
-    total = between + within
-    reducible = curves.loss - np.asarray(L0, float)[..., None, None]
-    level, square = average @ reducible, average @ reducible ** 2
-    with np.errstate(invalid='ignore', divide='ignore'):
-        bessel = np.where(seeds > 1, seeds / (seeds - ddof), np.nan)           # NaN: one seed gives no noise floor
-        sigma = np.sqrt(np.maximum(square - level ** 2, 0) * bessel) / level
-        return Spread(mean, np.sqrt(total) * _pooled(ddof, R) / mean, np.sqrt(between) / mean, np.sqrt(within) / mean, sigma)
+    return np.sqrt(R / (R - ddof)) if R > ddof else np.nan
 
 
 def onset(x, delta, sigma):
@@ -145,34 +127,21 @@ def onset(x, delta, sigma):
     """
     below = (delta < sigma)[..., :-1]
     from_here = np.flip(np.logical_and.accumulate(np.flip(below, -1), -1), -1)
-    found = from_here.any(-1)
-    return np.where(found, x[np.argmax(from_here, -1)], np.nan)
+    return np.where(from_here.any(-1), x[np.argmax(from_here, -1)], np.nan)
 
 
-class Verdict(NamedTuple):
-    mean: float            # x from which Δ < σ averaged over models, NaN if never
-    every_model: float     # x from which Δ < σ of every model, NaN if never
-    worst_model: dict      # the model whose mean normalised curve is farthest from the mean of all, and how far
-    worst_run: dict        # the run that is farthest from its own model, and how far
+def farthest(curves, L0):
+    """{'worst_model', 'worst_run'}: the model farthest from the mean curve, and the run farthest from its own model.
 
-
-def verdict(curves, result, L0):
-    """The Verdict: the onset of supercollapse by both readings of the paper (§2.5), and the model and run farthest from the mean.
-
-    A distance is the root mean square over 0.1 <= x < 1 of the relative difference to the mean normalised curve.
+    The distance is the root mean square over 0.1 <= x < 1 of the relative difference of the normalised curves.
     """
-    average_floor, lowest_floor = result.sigma.mean(0), result.sigma.min(0)
-    if len(curves.p) < 2:  # one model cannot show a collapse across models
-        average_floor = lowest_floor = np.full_like(result.delta, np.nan)
-    late = (curves.x >= 0.1) & (curves.x < 1)
-    ell = normalise(curves, L0)
-    model_mean = _weights(curves.model)[1] @ ell
-    apart = np.sqrt((((model_mean / result.mean - 1)[:, late]) ** 2).mean(-1))
-    alone = np.sqrt((((ell / model_mean[curves.model] - 1)[:, late]) ** 2).mean(-1))
-    worst, odd = int(apart.argmax()), int(alone.argmax())
-    return Verdict(float(onset(curves.x, result.delta, average_floor)), float(onset(curves.x, result.delta, lowest_floor)),
-                   {'num_params': float(curves.p[worst]), 'departure': float(apart[worst])},
-                   {'run': curves.run[odd], 'num_params': float(curves.p[curves.model[odd]]), 'departure': float(alone[odd])})
+    ell, late = normalise(curves, L0), (curves.x >= 0.1) & (curves.x < 1)
+    model_mean = _model_mean(curves) @ ell
+    of_model, of_run = (np.sqrt(((own / mean - 1)[:, late] ** 2).mean(-1))
+                        for own, mean in ((model_mean, model_mean.mean(0)), (ell, model_mean[curves.model])))
+    model, run = of_model.argmax(), of_run.argmax()
+    return {'worst_model': {'num_params': curves.p[model], 'departure': of_model[model]},
+            'worst_run': {'run': curves.run[run], 'num_params': curves.p[curves.model[run]], 'departure': of_run[run]}}
 
 
 def verdict_in_words(result):
@@ -188,50 +157,28 @@ def verdict_in_words(result):
     return f'supercollapse: Δ < σ from x = {x:.2f} on, averaged over models'
 
 
-class Uncertainty(NamedTuple):
-    """Bootstrap draws of seeds and L0."""
-    L0: np.ndarray         # [S]
-    delta: np.ndarray      # [S, K]
-    sigma: np.ndarray      # [S, K] mean over models
-    mean: np.ndarray       # [S] onset, σ averaged over models
-    every_model: np.ndarray  # [S] onset, the smallest σ of any model
-
-
 def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
-    """Draws of Δ, σ and the onset: seeds are resampled within each model, and L0 is fitted again to resampled final losses.
+    """90% intervals of Δ, σ and both onsets, and the share of draws without an onset (`never`), by their keys in `analyse`.
 
-    Resampling n seeds lowers their variance to (n-1)/n. The part of Δ within models is corrected for this, and the draws of σ are
-    scaled to the σ of the log. None if every model has one seed and L0 is fixed, because then nothing varies.
+    A draw resamples the seeds within each model, and fits L0 again to resampled final losses unless it is fixed. Drawing n seeds
+    with replacement lowers their variance to (n-1)/n and adds noise to the mean of the model. Both parts of Δ are corrected for
+    this, and the draws of σ are scaled to the σ of the log. Every model needs two seeds.
     """
-    rng = np.random.default_rng(seed)
-    seeds = np.bincount(curves.model)
+    rng, seeds = np.random.default_rng(seed), np.bincount(curves.model)
+    L0 = np.full(draws, law.L0 if fixed_L0 is None else fixed_L0)
     if fixed_L0 is None:
         losses, _ = scaling_law.resampled_losses(points, law, draws, np.random.default_rng(seed))
-        L0 = np.full(draws, law.L0) if losses is None else scaling_law.fit_batch(points.compute, losses, law)['L0']
-        L0 = np.minimum(L0, curves.loss[:, -1].min() * (1 - 1e-6))
-    elif seeds.max() == 1:
-        return None
-    else:
-        L0 = np.full(draws, fixed_L0)
-    draw = [spread(curves, value, ddof, weight=np.concatenate(
-        [np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds])) for value in L0]
-    # Drawing with replacement lowers the variance within models and adds noise to their means; both are corrected.
-    shrink = np.where(seeds > 1, 1 - 1 / seeds, 1).mean()
-    within = np.array([one.within for one in draw]) ** 2 / shrink
-    between = np.maximum(np.array([one.between for one in draw]) ** 2 - within / seeds.mean() * (seeds.max() > 1), 0)
-    delta = np.sqrt(between + within) * _pooled(ddof, len(curves.model))
-    sigma = np.array([one.sigma for one in draw])                                # [S, M, K]
-    with np.errstate(invalid='ignore', divide='ignore'):
-        sigma = sigma * spread(curves, L0.mean(), ddof).sigma / sigma.mean(0)
-    mean = onset(curves.x, delta, sigma.mean(1))
-    every = onset(curves.x, delta, sigma.min(1))
-    sigma = sigma.mean(1)
-    return Uncertainty(L0, delta, sigma, mean, every)
-
-
-def _pooled(ddof, R):
-    """Factor from the standard deviation of R runs with ddof 0 to that with `ddof`."""
-    return np.sqrt(R / (R - ddof)) if R > ddof else np.nan
+        L0 = np.minimum(scaling_law.fit_batch(points.compute, losses, law)['L0'], curves.loss[:, -1].min() * (1 - 1e-6))
+    weight = np.array([np.concatenate([np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds]) for _ in range(draws)])
+    drawn = spread(curves, L0, ddof, weight=weight)
+    within = drawn.within ** 2 / (1 - 1 / seeds).mean()
+    between = np.maximum(drawn.between ** 2 - within / seeds.mean(), 0)
+    delta = np.sqrt(between + within) * _pooled(ddof, curves)                        # [S, K]
+    sigma = drawn.sigma * spread(curves, L0.mean(), ddof).sigma / drawn.sigma.mean(0)  # [S, M, K]
+    mean, every_model = onset(curves.x, delta, sigma.mean(1)), onset(curves.x, delta, sigma.min(1))
+    at = [round(share * (draws - 1)) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)]  # NaN, no onset, is sorted behind all x
+    return {'delta_ci': interval(delta), 'sigma_ci': interval(sigma.mean(1)), 'supercollapse_from_ci': np.sort(mean)[at].tolist(),
+            'supercollapse_from_every_model_ci': np.sort(every_model)[at].tolist(), 'never': np.isnan(mean).mean()}
 
 
 def predicted_quality(curves, delta, from_x=0.5):
@@ -252,65 +199,45 @@ def analyse(table, L0=None, ddof=0, draws=200):
 
     A given L0 (in units of the loss) is held. Otherwise L0 is fitted, and its uncertainty is part of the other intervals.
     """
-    here = curves(table)
-    points = scaling_law.optimal_points(table)
-    notes = []
-    fixed = L0 is not None
-    if fixed:
-        one_model = len(points.p) < 2
-        law = scaling_law.Law(np.nan, np.nan, L0) if one_model else scaling_law.fit_given_L0(points.compute, points.loss, L0)
-        draws_law, origin, profile = None, 'none', None
+    here, points, notes = curves(table), scaling_law.optimal_points(table), []
+    seeds, one_model = np.bincount(here.model), len(here.p) == 1
+    refits = profile = sensitivity = None
+    if one_model and L0 is not None:
+        law = scaling_law.Law(np.nan, np.nan, L0)
     else:
-        law = scaling_law.fit(points.compute, points.loss)
-        draws_law, origin = scaling_law.bootstrap(points, law)
+        law = scaling_law.fit(points.compute, points.loss, L0)
+    if L0 is None:
+        refits, origin = scaling_law.bootstrap(points, law)
         profile = scaling_law.profile(points)
         if origin == 'residuals':
             notes.append('one seed per model: the intervals of the fit come from its residuals, not from seeds')
         if profile is None:
             notes.append('three models: the fit is exact, so L0 has no profile interval')
-        elif not profile.identifiable:
-            notes.append(f'L0 is not identified: values from {profile.ci[0]:.4g} to {profile.ci[1]:.4g} fit about as well')
-    if len(points.p) == 1:
+        elif not profile[1]:
+            notes.append('L0 is not identified: values from {:.4g} to {:.4g} fit about as well'.format(*profile[0]))
+    if one_model:
         notes.append('one model: Δ is the variation over its seeds, and says nothing on a collapse across sizes')
-    seeds = np.bincount(here.model)
     if seeds.min() == 1:
         notes.append(f'{(seeds == 1).sum()} of {len(seeds)} models have one seed: they have no noise floor σ, so supercollapse '
                      'cannot be decided')
-    result = spread(here, law.L0, ddof)
-    found = verdict(here, result, law.L0)
-    random = None
-    if seeds.min() > 1 and len(seeds) > 1:
-        random = uncertainty(here, points, law, draws, fixed_L0=L0, ddof=ddof)
-    sensitivity = None
-    if profile is not None and seeds.min() > 1:
-        floors = [min(L, 0.999 * here.loss[:, -1].min()) for L in (profile.ci[0], law.L0, profile.ci[1])]
-        each = [spread(here, L, ddof) for L in floors]
-        sensitivity = {'L0': floors, 'supercollapse_from': [float(onset(here.x, s.delta, s.sigma.mean(0))) for s in each]}
+    found = spread(here, law.L0, ddof)
+    floor = np.full_like(found.sigma, np.nan) if one_model else found.sigma  # one model cannot show a collapse across models
+    if profile and seeds.min() > 1:
+        floors = [min(value, 0.999 * here.loss[:, -1].min()) for value in (profile[0][0], law.L0, profile[0][1])]
+        each = spread(here, np.array(floors), ddof)
+        sensitivity = {'L0': floors, 'supercollapse_from': onset(here.x, each.delta, each.sigma.mean(1))}
+    intervals = dict.fromkeys(('delta_ci', 'sigma_ci', 'supercollapse_from_ci', 'supercollapse_from_every_model_ci', 'never'))
+    if seeds.min() > 1 and not one_model:
+        intervals = uncertainty(here, points, law, draws, fixed_L0=L0, ddof=ddof)
     return {
-        'fit': {'a': law.a, 'b': law.b, 'L0': law.L0, 'r2': law.r2, 'objective': law.objective,
-                **{f'{k}_ci': interval(draws_law[k]) if draws_law else None for k in ('a', 'b', 'L0')},
-                'L0_profile_ci': profile.ci if profile else None,
-                'L0_identifiable': profile.identifiable if profile else None, 'L0_fixed': fixed},
-        'x': here.x, 'delta': result.delta, 'sigma': result.sigma.mean(0), 'sigma_by_model': result.sigma,
-        'between': result.between, 'within': result.within, 'mean': result.mean,
-        'delta_ci': _band(random.delta) if random else None, 'sigma_ci': _band(random.sigma) if random else None,
+        'fit': {**law._asdict(), **{f'{k}_ci': interval(refits[k]) if refits else None for k in ('a', 'b', 'L0')},
+                'L0_profile_ci': profile and profile[0], 'L0_identifiable': profile and profile[1], 'L0_fixed': L0 is not None},
+        'x': here.x, 'delta': found.delta, 'sigma': found.sigma.mean(0), 'sigma_by_model': found.sigma,
+        'between': found.between, 'within': found.within, 'mean': found.mean,
         'delta_expected_final': spread(here, law.L0, ddof, by='expected').delta,
-        'supercollapse_from': found.mean, 'supercollapse_from_ci': _onset_interval(random.mean) if random else None,
-        'supercollapse_from_every_model': found.every_model,
-        'supercollapse_from_every_model_ci': _onset_interval(random.every_model) if random else None,
-        'never': float(np.isnan(random.mean).mean()) if random else None,
-        'L0_sensitivity': sensitivity, 'worst_model': found.worst_model, 'worst_run': found.worst_run,
+        'supercollapse_from': float(onset(here.x, found.delta, floor.mean(0))),
+        'supercollapse_from_every_model': float(onset(here.x, found.delta, floor.min(0))),
+        **intervals, 'L0_sensitivity': sensitivity, **farthest(here, law.L0),
         'num_params': here.p, 'compute': points.compute, 'final_loss': points.loss,
-        'ddof': ddof, 'seeds_per_model': [int(n) for n in seeds], 'level': scaling_law.LEVEL,
+        'ddof': ddof, 'seeds_per_model': seeds.tolist(), 'level': LEVEL,
     }, notes
-
-
-def _band(draws):
-    return np.nanquantile(draws, [(1 - scaling_law.LEVEL) / 2, (1 + scaling_law.LEVEL) / 2], axis=0)
-
-
-def _onset_interval(draws):
-    """Percentile interval of the onsets. A draw without an onset counts as later than any x, infinity (null in JSON)."""
-    ordered = np.sort(np.where(np.isnan(draws), np.inf, draws))
-    return [float(ordered[int(round(q * (len(ordered) - 1)))]) for q in ((1 - scaling_law.LEVEL) / 2,
-                                                                         (1 + scaling_law.LEVEL) / 2)]

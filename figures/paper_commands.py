@@ -17,7 +17,7 @@ def reproduced(argv):
     args = parse.parse_args(argv)
     table, notes, _ = commands.read(args)
     ladder, more, _ = clean(load(args.published))
-    points = scaling_law.optimal_points(ladder)
+    points = scaling_law.optimal_points(collapsing.ladder(ladder))
     L0 = scaling_law.fit(points.compute, points.loss).L0
     same = reproducing.same_model(table, ladder)
     result = reproducing.compare(table, same, L0)

@@ -80,9 +80,9 @@ def test_coverage_of_the_90_percent_interval():
 
 def test_L0_profile():
     """Precise data identify L0, and the profile covers it. Noisy data over a short range do not."""
-    sharp = law.profile(law_points(np.random.default_rng(3), a=0.3, b=0.12, L0=0.5, noise=1e-4))
-    assert sharp.identifiable and sharp.ci[0] <= 0.5 <= sharp.ci[1]
-    assert not law.profile(law_points(np.random.default_rng(3), L0=0.0, noise=1e-2)).identifiable
+    (low, high), identified = law.profile(law_points(np.random.default_rng(3), a=0.3, b=0.12, L0=0.5, noise=1e-4))
+    assert identified and low <= 0.5 <= high
+    assert not law.profile(law_points(np.random.default_rng(3), L0=0.0, noise=1e-2))[1]
 
 
 def test_one_seed_takes_its_noise_from_the_residuals():
@@ -97,7 +97,7 @@ def test_too_little_is_refused():
     with pytest.raises(logs.LogError, match='does not fall'):
         law.fit(np.array([1e15, 1e16, 1e17, 1e18]), np.array([0.1, 0.2, 0.3, 0.5]))
     with pytest.raises(logs.LogError, match='below the smallest final loss'):
-        law.fit_given_L0(np.array([1e15, 1e16]), np.array([0.2, 0.1]), 0.15)
+        law.fit(np.array([1e15, 1e16]), np.array([0.2, 0.1]), L0=0.15)
 
 
 def test_a_run_that_ends_on_the_last_whole_step_before_its_horizon_has_reached_it():
@@ -108,5 +108,5 @@ def test_a_run_that_ends_on_the_last_whole_step_before_its_horizon_has_reached_i
     points = law.optimal_points(pd.DataFrame(rows))
     assert np.isfinite(points.loss).all()
     rows[1]['compute'] = 0.9e9
-    with pytest.raises(logs.LogError, match='run 1 ends at'):
+    with pytest.raises(logs.LogError, match='run 1 ends before'):
         law.optimal_points(pd.DataFrame(rows))
