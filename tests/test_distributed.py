@@ -1,22 +1,24 @@
-"""One device, several, or several processes: the same losses. Sharded, a state takes its share of each device."""
+"""One device, several devices and several processes give the same losses. A sharded state takes its share of each device."""
 import json
 import os
 import socket
 import subprocess
 import sys
-import textwrap
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train
-from trainer import distributed
+from trainer import distributed, run_folder
 
 ROOT = Path(train.__file__).parent
 # 40 steps on tokens.
-WORK = ['-cn', 'chess', 'model.D=16', 'model.base_D=16', 'model.dh=8', 'model.N=1', 'model.L=16', 'opt.B=16', 'opt.lr=0.01',
-        'opt.warmup_tokens=0', 'T=10240', 'T_eval=512', 'num_evals=4', 'wandb_mode=disabled']
+WORK = ('chess', 'model.D=16', 'model.base_D=16', 'model.dh=8', 'model.N=1', 'model.L=16', 'opt.B=16', 'opt.lr=0.01',
+        'opt.warmup_tokens=0', 'T=10240', 'T_eval=512', 'num_evals=4', 'wandb_mode=disabled')
+CLOSE = 2e-5  # relative: float32 sums over a batch in another order, some 1e-7 a step, over 40 steps
 
 
 @pytest.fixture(scope='module')
@@ -28,73 +30,67 @@ def tokens(tmp_path_factory):
 
 
 def losses(folder):
-    return [json.loads(line)['test_loss'] for line in (folder / 'history.jsonl').read_text().splitlines()]
-
-
-def python(program, *arguments):
-    return subprocess.run([sys.executable, '-c', textwrap.dedent(program), *map(str, arguments)], cwd=ROOT, check=True, text=True,
-                          stdout=subprocess.PIPE).stdout
+    return [row['test_loss'] for row in run_folder.read_history(folder)]
 
 
 @pytest.fixture(scope='module')
-def on_devices(tokens, tmp_path_factory):
-    """{name: losses} of one run on one virtual device, and sharded over 8, in a process of their own; what XLA says of the memory
-    of a larger one; and of a step's FLOPs on one device and on each of eight, the batch in two pieces. (measure_distributed.py trains on
-    2, 4 and 8 devices, and on 2 and 4 processes.)"""
-    folder = tmp_path_factory.mktemp('devices')
-    python('''
-        import json, sys
-        import hydra, jax
-        import config, dry_run, train
-
-        jax.config.update('jax_num_cpu_devices', 8)
-        process.enable_compilation_cache()
-        configs, out, tokens, *words = sys.argv[1:]
-        devices = jax.devices()
-
-        def resolve(*more):
-            with hydra.initialize_config_dir(configs, version_base=None):
-                return config.resolve(hydra.compose('chess', [*words, f'ds_path={tokens}', *more]))
-
-        for name, n, more in (('1', 1, []), ('sharded', 8, ['model.fsdp_enabled=true'])):
-            jax.devices = lambda n=n: devices[:n]
-            train.train(resolve(f'run_dir={out}/{name}', *more))
-        jax.devices = lambda: devices
-        run = resolve('model.D=256', 'model.base_D=256', 'model.dh=64', 'model.fsdp_enabled=true')
-
-        def measure(run, devices):
-            return dry_run.measure(run, dry_run.stand_in(run), train.programs, train.peak_rates, devices)
-
-        json.dump(measure(run, devices), open(f'{out}/memory.json', 'w'))
-        run = resolve('opt.B_max=8')
-        json.dump([measure(run, devices[:n])['step_flops'] for n in (1, 8)], open(f'{out}/flops.json', 'w'))
-        ''', ROOT / 'configs', folder, tokens, *WORK[2:])
-    found = {path.name: losses(path) for path in folder.iterdir() if path.is_dir()}
-    return found, *(json.loads((folder / f'{name}.json').read_text()) for name in ('memory', 'flops'))
+def one_device(resolve, tokens, tmp_path_factory):
+    """The losses of the run on one device."""
+    folder = tmp_path_factory.mktemp('one')
+    train.train(resolve(*WORK, f'ds_path={tokens}', f'run_dir={folder}'))
+    found = losses(folder)
+    assert found[-1] < 0.99 * found[0]  # it learns: how common the tokens are, and the few training tokens by heart
+    return found
 
 
-# float32 sums over a batch in another order: some 1e-7 a step, over 40 steps
-CLOSE = 2e-5
+@pytest.fixture(scope='module')
+def eight_devices(tokens, tmp_path_factory):
+    """The folder, the findings and the warnings of eight_devices.py, which trains the run sharded over eight virtual devices.
+
+    measure_distributed.py also trains on 2 and 4 devices, and on 2 and 4 processes.
+    """
+    folder = tmp_path_factory.mktemp('eight')
+    done = subprocess.run([sys.executable, ROOT / 'tests' / 'eight_devices.py', folder, *WORK, f'ds_path={tokens}'], text=True,
+                          capture_output=True, env={**os.environ, 'JAX_NUM_CPU_DEVICES': '8'})
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(folder=folder, stderr=done.stderr, **json.loads(done.stdout))
 
 
-def test_eight_devices_that_share_the_state_compute_what_one_does(on_devices):
-    found, *_ = on_devices
-    assert found['sharded'] == pytest.approx(found['1'], rel=CLOSE)
-    assert found['1'][-1] < 0.99 * found['1'][0]  # it learns: random tokens by how common they are, and by heart
+def test_eight_devices_that_share_the_state_compute_what_one_does(one_device, eight_devices):
+    assert losses(eight_devices.folder / 'sharded') == pytest.approx(one_device, rel=CLOSE)
 
 
-def test_sharding_over_eight_leaves_a_sixth_at_most_on_each(on_devices):
-    """Of parameters and moments, from XLA's report: all that a training step is given, data and probe included."""
-    _, memory, _ = on_devices
-    whole = 3 * 4 * (2 * 64 * 256 + 16 * 256 + 6 * 256**2)  # p floats, and two moments each
-    assert whole / 9 < memory['arguments'] <= whole / 6
+def test_sharding_over_eight_leaves_a_sixth_at_most_on_each(eight_devices):
+    """Parameters and moments, with data and probe: all arguments of a training step, from XLA's report."""
+    whole = 3 * 4 * (2 * 64 * 256 + 16 * 256 + 6 * 256**2)  # bytes: p float32 numbers, and two moments of each
+    assert whole / 9 < eight_devices.arguments <= whole / 6
 
 
-def test_eight_devices_share_each_piece_of_a_batch(on_devices):
-    """XLA's count on one device: an eighth of the examples' FLOPs, and all of the update of the weights, which is small."""
-    *_, (alone, shared) = on_devices
-    assert alone / 9 < shared < alone / 5  # two devices that do the same work would make it a quarter
+def test_eight_devices_share_each_microbatch(eight_devices):
+    """XLA's FLOPs of one device: an eighth of the examples', and the whole update of the weights, which is small."""
+    alone, shared = eight_devices.step_flops
+    assert alone / 9 < shared < alone / 5  # a quarter if two devices computed the same examples
 
+
+def test_sharded_checkpoint_is_restored_into_its_shardings(eight_devices):
+    found = eight_devices.checkpoint
+    assert found['step'] == 20 and found['shardings kept'] and found['shardings of the stacked state']
+    assert len(found['bytes on a device']) == 8 and max(found['bytes on a device']) < found['bytes'] / 6
+
+
+def test_sharded_run_resumes_bit_for_bit(eight_devices):
+    history = [(eight_devices.folder / name / 'history.jsonl').read_text() for name in ('sharded', 'interrupted')]
+    assert history[0] == history[1] and 'resuming from step 20 of 40' in eight_devices.stderr
+
+
+def test_checksum_on_shards_is_that_of_the_whole_state_and_finds_a_flipped_bit(eight_devices):
+    found = eight_devices.checkpoint
+    assert found['checksum'] == found['checksum of whole arrays']
+    assert found['undetected bit flips'] == []
+    assert 'is damaged (the checksum does not match)' in eight_devices.stderr  # Orbax does not find every flip itself
+
+
+# Several processes
 
 def free_port():
     with socket.socket() as s:
@@ -103,24 +99,43 @@ def free_port():
 
 
 def start(count, *overrides, devices=1):
-    """So many processes that train one run together, each with so many devices."""
+    """`count` processes that train one run together, each with `devices` devices."""
     port = free_port()
-    return [subprocess.Popen([sys.executable, ROOT / 'train.py', *WORK, *map(str, overrides), f'num_processes={count}',
-                              f'process_id={i}', f'coordinator=127.0.0.1:{port}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)})
-            for i in range(count)]
+    command = [sys.executable, ROOT / 'train.py', '-cn', *WORK, *map(str, overrides), f'num_processes={count}',
+               f'coordinator=127.0.0.1:{port}']
+    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+    return [subprocess.Popen([*command, f'process_id={i}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env=environment) for i in range(count)]
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(on_devices, tokens, tmp_path):
+def test_two_processes_compute_what_one_does(one_device, tokens, tmp_path):
     processes = start(2, f'ds_path={tokens}', f'run_dir={tmp_path}/run')
     ended = [p.communicate(timeout=300) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], ended
-    assert losses(tmp_path / 'run') == pytest.approx(on_devices[0]['1'], rel=CLOSE)
+    assert losses(tmp_path / 'run') == pytest.approx(one_device, rel=CLOSE)
     assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
-def test_a_process_reads_its_rows(monkeypatch):
+@pytest.mark.slow
+def test_error_of_one_process_ends_all_with_one_line(tokens, tmp_path, lock_holder):
+    """Only the main process locks the folder. The other one ends with it, and does not wait for its next message."""
+    with lock_holder(tmp_path / 'run'):
+        processes = start(2, f'ds_path={tokens}', f'run_dir={tmp_path}/run')
+        stderr, codes, ends = [], [], []
+        for p in processes:
+            stderr.append(p.communicate(timeout=300)[1])
+            codes.append(p.returncode)
+            ends.append(time.monotonic())
+    assert codes == [1, 1]
+    assert ends[1] - ends[0] < 5
+    for text in stderr:
+        (line,) = [line for line in text.splitlines() if 'error' in line.lower()]
+        assert line.startswith('error: ') and 'is being trained by another process' in line and 'Traceback' not in text
+    assert 'error: process 0: ' in stderr[1]
+
+
+def test_each_process_reads_its_rows_of_a_batch(monkeypatch):
     monkeypatch.setattr(distributed.jax, 'process_count', lambda: 4)
     rows = []
     for i in range(4):
@@ -129,11 +144,14 @@ def test_a_process_reads_its_rows(monkeypatch):
     assert rows == list(range(16))
 
 
-def test_a_batch_spreads_over_all_devices_or_over_some_of_the_cores(monkeypatch):
-    monkeypatch.setattr(distributed.jax, 'devices', lambda: list(range(8)))
+def test_batch_is_split_over_all_devices_or_over_some_of_the_cores(monkeypatch):
+    def devices(platform):
+        monkeypatch.setattr(distributed.jax, 'devices', lambda: [SimpleNamespace(platform=platform)] * 8)
+
+    devices('cpu')
     assert [len(distributed.devices_for(B)) for B in (96, 100, 7, 3)] == [8, 5, 7, 3]
-    assert len(distributed.devices_for(96, pieces=4)) == 8 and len(distributed.devices_for(96, pieces=8)) == 6
-    monkeypatch.setattr(distributed.jax, 'default_backend', lambda: 'gpu')
+    assert [len(distributed.devices_for(96, microbatches)) for microbatches in (4, 8)] == [8, 6]
+    devices('gpu')
     assert len(distributed.devices_for(96)) == 8
     with pytest.raises(ValueError, match='opt.B=100 .* 8 devices; set opt.B to a multiple of 8'):
         distributed.devices_for(100)

@@ -1,0 +1,112 @@
+"""Trains a sharded run on eight virtual devices and prints, as JSON, what test_distributed.py checks.
+
+    JAX_NUM_CPU_DEVICES=8 python tests/eight_devices.py OUT CONFIG [OVERRIDE …]
+"""
+import json
+import signal
+import sys
+from pathlib import Path
+
+import hydra
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import train  # noqa: E402
+from trainer import checkpoint, config, distributed, dry_run, process, programs, resume  # noqa: E402
+
+
+def resolve(name, *overrides):
+    with hydra.initialize_config_dir(str(config.CONFIGS), version_base=None):
+        return config.resolve(hydra.compose(name, list(overrides)))
+
+
+def train_to(run, step):
+    """Trains until `step` updates are done and a signal stops the run, which saves a checkpoint."""
+    done = []
+
+    def on_steps(count, metrics):
+        done.append(count)
+        if sum(done) == step and count:
+            signal.raise_signal(signal.SIGTERM)
+
+    train.DISPATCH_SECONDS = 0.0  # one step a dispatch
+    try:
+        train.train(run, on_steps)
+    except process.Interrupted:
+        return
+    raise AssertionError('the run was not interrupted')
+
+
+def restored_checkpoint(run):
+    """What is true of the newest checkpoint when it is restored."""
+    task = data.open_task(run, [run.seed])
+    program = programs.build(run, task)
+    test = distributed.put_global(task.test, program.test_sharding)
+    calls, restore = [], checkpoint.restore
+
+    def recording(folders, step, like):
+        calls.append((folders, step, like))
+        return restore(folders, step, like)
+
+    checkpoint.restore = recording
+    stacked, _ = resume.restore_or_init(run, program, [run.seed], test)
+    checkpoint.restore = restore
+    (arguments,) = calls
+    (state,) = restore(*arguments)
+    leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(arguments[-1])
+    whole = jax.tree.map(np.asarray, state)
+    return {
+        'step': int(state.step),
+        'shardings kept': all(a.sharding.is_equivalent_to(w.sharding, a.ndim) for a, w in zip(leaves, wanted, strict=True)),
+        'shardings of the stacked state': all(jax.tree.leaves(jax.tree.map(
+            lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), stacked, program.state_shardings))),
+        'bytes': sum(a.nbytes for a in leaves),
+        'bytes on a device': [sum(shard.data.nbytes for a in leaves for shard in a.addressable_shards if shard.device == device)
+                              for device in jax.devices()],
+        'checksum': int(checkpoint.checksum(state)),
+        'checksum of whole arrays': int(checkpoint.checksum(jax.tree.map(jnp.asarray, whole))),
+        'undetected bit flips': undetected_bit_flips(run, lambda: restore(*arguments), whole),
+    }
+
+
+def undetected_bit_flips(run, restore, whole):
+    """The positions in the file of values, of some, where a flipped bit changes the restored state without a warning."""
+    path = max((run.folder(run.seed) / 'checkpoints').rglob('d/*'), key=lambda path: path.stat().st_size)
+    content, undetected = path.read_bytes(), []
+    for position in np.linspace(0.2, 0.8, 8) * len(content):
+        changed = bytearray(content)
+        changed[int(position)] ^= 1
+        path.write_bytes(changed)
+        states = restore()
+        same = states and all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), states[0], whole)))
+        if states and not same:
+            undetected.append(int(position))
+    path.write_bytes(content)
+    return undetected
+
+
+def main():
+    out, *work = sys.argv[1:]
+    process.enable_compilation_cache()
+    devices = jax.devices()
+
+    def measure(*overrides, count=8):
+        run = resolve(*work, *overrides)
+        return dry_run.measure(run, dry_run.open_stand_in(run), devices[:count])
+
+    sharded = (*work, 'model.fsdp_enabled=true')
+    train.train(resolve(*sharded, f'run_dir={out}/sharded'))
+    interrupted = resolve(*sharded, f'run_dir={out}/interrupted')
+    train_to(interrupted, 20)
+    found = {'checkpoint': restored_checkpoint(interrupted)}
+    train.train(interrupted)
+    found['arguments'] = measure('model.D=256', 'model.base_D=256', 'model.dh=64', 'model.fsdp_enabled=true')['arguments']
+    found['step_flops'] = [measure('opt.B_max=8', count=count)['step_flops'] for count in (1, 8)]
+    print(json.dumps(found))
+
+
+if __name__ == '__main__':
+    main()
