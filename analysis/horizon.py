@@ -25,6 +25,10 @@ class Curves(NamedTuple):
     p: np.ndarray        # [M] parameters, increasing
     loss: list           # M arrays [seeds, G], NaN outside a run
 
+    @property
+    def mean(self):      # [M, G] over seeds
+        return np.stack([loss.mean(0) for loss in self.loss])
+
 
 class Horizon(NamedTuple):
     scale: float
@@ -44,11 +48,6 @@ def optimal_compute(p, scale, exponent):
     return PETA * (np.asarray(p, float) / scale) ** exponent
 
 
-def with_horizon(table, scale, exponent):
-    """The table with the fitted C* of each run's model in opt_compute."""
-    return table.assign(opt_compute=optimal_compute(table['num_params'], scale, exponent))
-
-
 def at_horizon(table):
     """The constant-rate runs of the table with C* in opt_compute: from the log if every run has it, else from a fit to these runs.
 
@@ -58,7 +57,7 @@ def at_horizon(table):
     if 'opt_compute' in table and table['opt_compute'].notna().all():
         return table
     found = fit(smooth_curves(table))
-    return with_horizon(table, found.scale, found.exponent)
+    return table.assign(opt_compute=optimal_compute(table['num_params'], found.scale, found.exponent))
 
 
 def constant_rate(table):
@@ -85,52 +84,44 @@ def smooth_curves(table, lowest=None, highest=None):
     if not high > low:
         raise LogError(f'no compute between {10 ** low:.3g} and {10 ** high:.3g} FLOPs')
     grid = np.linspace(low, high, int(np.ceil((high - low) * POINTS_PER_DECADE)) + 1)
-    losses = {}
-    for _, rows in table.groupby('run', sort=False):
-        value = _local_line(np.log10(rows['compute'].to_numpy()), np.log(rows['test_loss'].to_numpy()), grid)
-        losses.setdefault(rows['num_params'].iloc[0], []).append(np.exp(value))
-    p = sorted(losses)
-    return Curves(10 ** grid, np.array(p), [np.array(losses[one]) for one in p])
+    models = [(p, np.array([np.exp(_local_line(np.log10(rows['compute'].to_numpy()), np.log(rows['test_loss'].to_numpy()), grid))
+                            for _, rows in own.groupby('run', sort=False)])) for p, own in table.groupby('num_params')]
+    return Curves(10 ** grid, np.array([p for p, _ in models]), [loss for _, loss in models])
 
 
 def _local_line(x, y, grid):
     """[G] local linear regression of y on x at `grid`; linear interpolation where evaluations are sparse, NaN outside x."""
-    inside = (grid >= x[0]) & (grid <= x[-1])
     distance = grid[:, None] - x                                              # [G, n]
     weight = np.exp(-0.5 * (distance / BANDWIDTH) ** 2)
     total, first, second = weight.sum(1), (weight * distance).sum(1), (weight * distance ** 2).sum(1)
     spread = total * second - first ** 2
     dense = (total > 3) & (spread > 1e-3 * (total * BANDWIDTH) ** 2)
-    value = np.interp(grid, x, y)
+    value = np.interp(grid, x, y, left=np.nan, right=np.nan)
     line = ((second[:, None] - first[:, None] * distance) * weight) @ y
-    value[dense] = line[dense] / spread[dense]
-    return np.where(inside, value, np.nan)
+    return np.where(dense & np.isfinite(value), line / np.where(dense, spread, 1), value)
 
 
-def envelope(curves, loss=None):
+def envelope(curves):
     """(smallest loss of any model [G], index of that model [G], -1 where no run has data)."""
-    loss = np.stack([L.mean(0) for L in curves.loss]) if loss is None else loss
-    known = np.isfinite(loss).any(0)
-    filled = np.where(np.isfinite(loss), loss, np.inf)
+    known = np.isfinite(curves.mean).any(0)
+    filled = np.nan_to_num(curves.mean, nan=np.inf)
     return np.where(known, filled.min(0), np.nan), np.where(known, filled.argmin(0), -1)
 
 
-def tangent_points(curves, loss=None):
+def tangent_points(curves, loss):
     """[..., M] log C* where the curve of each model touches the envelope. NaN for the smallest and the largest model.
 
-    loss [..., M, G] is by default the seed mean of the curves. At fixed compute the optimal model has dL/dp = 0 (Qiu et al.
-    appendix E). The derivative of log L with respect to log p is taken through the model and its two neighbours. It falls with
-    compute, and the root of a parabola fitted around its change of sign is C*; NaN if there is none. A line would be off by W²/12
-    in log C, for µ = ½ and a window of W nats on either side.
+    loss [..., M, G] is on the grid of the curves. At fixed compute the optimal model has dL/dp = 0 (Qiu et al. appendix E). The
+    derivative of log L with respect to log p is taken through the model and its two neighbours. It falls with compute, and the
+    root of a parabola fitted around its change of sign is C*; NaN if there is none. A line would be off by W²/12 in log C, for
+    µ = ½ and a window of W nats on either side.
     """
-    loss = np.stack([L.mean(0) for L in curves.loss]) if loss is None else loss
-    u, x = np.log(curves.p), np.log10(curves.compute)
-    y = np.log(loss)
+    u = np.log(curves.p)
+    h, k = np.diff(u)[:-1, None], np.diff(u)[1:, None]
+    change = np.diff(np.log(loss), axis=-2)
+    slope = (h / k * change[..., 1:, :] + k / h * change[..., :-1, :]) / (h + k)  # 2nd order, uneven spacing
     roots = np.full(loss.shape[:-1], np.nan)
-    for i in range(1, len(u) - 1):
-        h, k = u[i] - u[i - 1], u[i + 1] - u[i]
-        rise, fall = y[..., i + 1, :] - y[..., i, :], y[..., i, :] - y[..., i - 1, :]
-        roots[..., i] = _falling_root(x, (h / k * rise + k / h * fall) / (h + k)) * np.log(10)  # 2nd order, uneven spacing
+    roots[..., 1:-1] = _falling_root(np.log10(curves.compute), slope) * np.log(10)
     return roots
 
 
@@ -144,13 +135,9 @@ def _falling_root(x, slope):
         z = (x - centre[..., None]) / WINDOW
         near = known & (np.abs(z) <= 1)
         crosses &= near.sum(-1) >= 6
-        z0 = near.astype(float)
-        z1, value = z * z0, slope * z0
-        z2 = z1 * z1
-        m0, m1, m2, m3, m4 = z0.sum(-1), z1.sum(-1), z2.sum(-1), (z1 * z2).sum(-1), (z2 * z2).sum(-1)
-        normal = np.stack([m0, m1, m2, m1, m2, m3, m2, m3, m4], -1).reshape(*m0.shape, 3, 3) + 1e-9 * np.eye(3)
-        right = np.stack([value.sum(-1), (value * z1).sum(-1), (value * z2).sum(-1)], -1)
-        level, tilt, _ = np.moveaxis(np.linalg.solve(normal, right[..., None])[..., 0], -1, 0)
+        basis = near[..., None] * z[..., None] ** np.arange(3)                   # [..., G, 3]
+        normal = basis.swapaxes(-1, -2) @ basis + 1e-9 * np.eye(3)
+        level, tilt, _ = np.moveaxis(np.linalg.solve(normal, basis.swapaxes(-1, -2) @ slope[..., None])[..., 0], -1, 0)
         crosses &= tilt < 0
         # At most half a window per iteration, because a root far outside the fitted window is an extrapolation.
         step = np.clip(np.divide(-level, tilt, out=np.zeros_like(level), where=crosses), -0.5, 0.5)
@@ -160,23 +147,27 @@ def _falling_root(x, slope):
     return np.where(crosses & (centre > first) & (centre < last), centre, np.nan)
 
 
+def _staircase_points(curves):
+    """(log p of the best model [n], log C [n], True where a smaller model is the best one again at a larger compute [n]).
+
+    These are STAIRCASE log-spaced amounts of compute, without those where the best model is the smallest or the largest.
+    """
+    fine = np.geomspace(curves.compute[0], curves.compute[-1], STAIRCASE)
+    best = envelope(curves)[1][np.searchsorted(np.sqrt(curves.compute[1:] * curves.compute[:-1]), fine)]
+    smallest_later = np.minimum.accumulate(np.where(best < 0, len(curves.p), best)[::-1])[::-1]
+    used = (best > 0) & (best < len(curves.p) - 1)
+    return np.log(curves.p[best[used]]), np.log(fine[used]), (best > smallest_later)[used]
+
+
 def staircase(curves):
     """The authors' fit by least squares to the best model at STAIRCASE log-spaced amounts of compute, without the end models.
 
     Its points are the steps of a staircase and far from independent, so that it gives no interval. None for fewer than two steps.
     """
-    best, compute = _steps(curves)
-    used = (best > 0) & (best < len(curves.p) - 1)
-    if len(np.unique(best[used])) < 2:
+    log_p, log_compute, _ = _staircase_points(curves)
+    if len(np.unique(log_p)) < 2:
         return None
-    scale, exponent, r2 = _line_fit(np.log(curves.p[best[used]]), np.log(compute[used]))
-    return {'scale': scale, 'exponent': exponent, 'r2': r2, 'points': int(used.sum())}
-
-
-def _steps(curves):
-    """(index of the best model, -1 where no run has data; compute in FLOPs) at STAIRCASE log-spaced amounts of compute."""
-    fine = np.geomspace(curves.compute[0], curves.compute[-1], STAIRCASE)
-    return envelope(curves)[1][np.searchsorted(np.sqrt(curves.compute[1:] * curves.compute[:-1]), fine)], fine
+    return dict(zip(('scale', 'exponent', 'r2'), _line_fit(log_p, log_compute), strict=True)) | {'points': len(log_p)}
 
 
 def notes(curves, found):
@@ -188,29 +179,25 @@ def notes(curves, found):
         return said + ['two tangent points: the line through them is exact and has no interval']
     if len(found.p) < ENOUGH_POINTS:
         said.append(f'the line is fitted to {len(found.p)} tangent points only; more widths narrow the interval of the exponent')
-    low, high = found.exponent_ci
-    if found.staircase is None or low <= found.staircase['exponent'] <= high:
+    if found.staircase is None or found.exponent_ci[0] <= found.staircase['exponent'] <= found.exponent_ci[1]:
         return said
     text = (f'the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}, outside the 90% interval of the '
             'tangent points')
-    best, compute = _steps(curves)
-    later = np.minimum.accumulate(np.where(best < 0, len(curves.p), best)[::-1])[::-1]  # smallest best model from here on
-    used = (best > 0) & (best < len(curves.p) - 1)
-    early, kept = used & (best > later), used & (best <= later)
-    if early.any() and len(np.unique(best[kept])) > 1:
-        without = _line_fit(np.log(curves.p[best[kept]]), np.log(compute[kept]))[1]
-        return said + [f'{text}: {early.sum()} of its {used.sum()} points lie where a smaller model becomes the best one again at '
+    log_p, log_compute, early = _staircase_points(curves)
+    if early.any() and len(np.unique(log_p[~early])) > 1:
+        without = _line_fit(log_p[~early], log_compute[~early])[1]
+        return said + [f'{text}: {early.sum()} of its {len(early)} points lie where a smaller model becomes the best one again at '
                        f'a larger compute. Without them it gives {without:.2f}']
     return said + [f'{text}. Its points are correlated, and it has no interval of its own']
 
 
 def _line_fit(log_p, log_compute):
-    """(scale, exponent, R²) of log C* = exponent·(log p - log scale) + log 1e15 by least squares."""
-    x, y = log_p - log_p.mean(), log_compute - log_compute.mean()
-    exponent = (x * y).sum() / (x ** 2).sum()
-    scale = np.exp(log_p.mean() - (log_compute.mean() - np.log(PETA)) / exponent)
-    total = (y ** 2).sum()
-    return float(scale), float(exponent), float(1 - ((y - exponent * x) ** 2).sum() / total) if total > 0 else np.nan
+    """(scale, exponent, R²), each [...], of log C* [..., K] = exponent·(log p - log scale) + log 1e15 by least squares."""
+    x, centre = log_p - log_p.mean(), log_compute.mean(-1)
+    y = log_compute - centre[..., None]
+    exponent = (x * y).sum(-1) / (x ** 2).sum()
+    scale = np.exp(log_p.mean() - (centre - np.log(PETA)) / exponent)
+    return scale, exponent, 1 - ((y - exponent[..., None] * x) ** 2).sum(-1) / (y ** 2).sum(-1)
 
 
 def fit(curves, draws=400, seed=0):
@@ -220,27 +207,25 @@ def fit(curves, draws=400, seed=0):
     tangent point the scatter among models that the seeds do not explain. The tangent points are not resampled too, because that
     counts the noise of the seeds twice (coverage 98 to 100%, measured). Raises LogError for fewer than two tangent points.
     """
-    roots = tangent_points(curves)
+    roots = tangent_points(curves, curves.mean)
     used = np.flatnonzero(np.isfinite(roots))
     if len(used) < 2:
         raise LogError(f'the horizon needs at least two models with a smaller and a larger one beside them whose curves '
                        f'cross; found {len(used)} among {len(curves.p)} models. Add widths, or train them longer')
     log_p, found = np.log(curves.p[used]), roots[used]
-    scale, exponent, r2 = _line_fit(log_p, found)
-    rng = np.random.default_rng(seed)
-    seeds = min(len(L) for L in curves.loss)
+    scale, exponent, r2 = (float(value) for value in _line_fit(log_p, found))
+    rng, seeds = np.random.default_rng(seed), [len(loss) for loss in curves.loss]
     drawn = np.broadcast_to(found, (draws, len(used)))
-    if max(len(L) for L in curves.loss) > 1:
-        loss = np.stack([L.mean(0) + np.sqrt(len(L) / max(1, len(L) - 1))
-                         * (L[rng.integers(len(L), size=(draws, len(L)))].mean(1) - L.mean(0)) for L in curves.loss], 1)
-        drawn = tangent_points(curves, loss)[:, used]
+    if max(seeds) > 1:
+        resampled = [mean + np.sqrt(n / max(1, n - 1)) * (loss[rng.integers(n, size=(draws, n))].mean(1) - mean)
+                     for loss, mean, n in zip(curves.loss, curves.mean, seeds, strict=True)]
+        drawn = tangent_points(curves, np.stack(resampled, 1))[:, used]
         drawn = np.where(np.isfinite(drawn), drawn, found)  # a draw may move a tangent point out of the data
+    spread = drawn.std(0) if min(seeds) > 1 else np.full(len(used), np.nan)
     scale_ci = exponent_ci = None
     if len(used) > 2:
         residual = found - exponent * log_p
-        scatter = ((residual - residual.mean()) ** 2).sum() / (len(used) - 2)
+        scatter = residual.var() * len(used) / (len(used) - 2)
         extra = np.sqrt(max(0.0, scatter - drawn.var(0).mean()))
-        fits = [_line_fit(log_p, row)[:2] for row in drawn + extra * rng.normal(size=drawn.shape)]
-        scale_ci, exponent_ci = (interval(values) for values in np.transpose(fits))
-    spread = drawn.std(0) if seeds > 1 else np.full(len(used), np.nan)
-    return Horizon(scale, exponent, scale_ci, exponent_ci, r2, curves.p[used], np.exp(found), spread, seeds, staircase(curves))
+        scale_ci, exponent_ci = map(interval, _line_fit(log_p, drawn + extra * rng.normal(size=drawn.shape))[:2])
+    return Horizon(scale, exponent, scale_ci, exponent_ci, r2, curves.p[used], np.exp(found), spread, min(seeds), staircase(curves))

@@ -7,9 +7,11 @@ balanced terms collapse exactly at the compute-optimal data exponent γ*, and at
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import minimize, nnls
 
-from analysis.scaling_law import horizon_of, loss_at
-from analysis.table import LogError, runs
+from analysis import collapse
+from analysis.scaling_law import optimal_points
+from analysis.table import LogError
 
 
 class Terms(NamedTuple):
@@ -41,15 +43,16 @@ def phase(alpha, beta):
 
 def parameter_exponent(alpha, beta):
     """The η of the phase, in p* ∝ c^η at compute c."""
-    return {
-        'Ia': lambda: 1 / (2 * alpha + 1),
-        'II': lambda: (beta / alpha) / (1 + beta / alpha),
-        'III': lambda: 0.5,
-        'Ib': lambda: 0.5,
-        'IVa': lambda: 0.5,
-        'Ic': lambda: (1 - 2 * (alpha + beta)) / (2 * (alpha * (2 * beta - 3) - 2 * beta + 1)),
-        'IVb': lambda: (alpha - beta) / (2 * alpha * beta + alpha - 2 * beta),
-    }[phase(alpha, beta)]()
+    name = phase(alpha, beta)
+    if name == 'Ia':
+        return 1 / (2 * alpha + 1)
+    if name == 'II':
+        return beta / (alpha + beta)
+    if name == 'Ic':
+        return (1 - 2 * (alpha + beta)) / (2 * (alpha * (2 * beta - 3) - 2 * beta + 1))
+    if name == 'IVb':
+        return (alpha - beta) / (2 * alpha * beta + alpha - 2 * beta)
+    return 0.5
 
 
 def data_exponent(alpha, beta):
@@ -70,14 +73,13 @@ def phase_terms(alpha, beta):
 
 def normalised(terms, gamma, p, x):
     """ℓ [M, K] at horizons t* = p^gamma: L(x·t*, p) / L(t*, p) with L0 = 0 (eq. 7)."""
-    p, x = np.asarray(p, float)[:, None], np.asarray(x, float)
-    horizon = p ** gamma
-    return loss(terms, x * horizon, p) / loss(terms, horizon, p)
+    p = np.asarray(p, float)[:, None]
+    return loss(terms, x * p ** gamma, p) / loss(terms, p ** gamma, p)
 
 
-def deviation(terms, gamma, p=MODELS, x=None):
+def deviation(terms, gamma, p=MODELS):
     """The largest Δ(x) of the models p over 0.01 <= x < 1; 0 for an exact collapse."""
-    ell = normalised(terms, gamma, p, np.geomspace(0.01, 1, 50)[:-1] if x is None else x)
+    ell = normalised(terms, gamma, p, np.geomspace(0.01, 1, 50)[:-1])
     return float((ell.std(0) / ell.mean(0)).max())
 
 
@@ -97,7 +99,6 @@ def fit_joint(t, p, loss_values, ratio=None):
     `ratio` holds ν/µ. Given µ and ν the fit is linear with non-negative coefficients, so only µ and ν are searched (variable
     projection): a grid, then Nelder-Mead from its best point. Raises LogError for fewer than three models.
     """
-    from scipy.optimize import minimize, nnls
     t, p, L = (np.asarray(v, float) for v in (t, p, loss_values))
     if len(np.unique(p)) < 3:
         raise LogError(f'the joint fit in t and p needs at least three models, got {len(np.unique(p))}')
@@ -116,7 +117,7 @@ def fit_joint(t, p, loss_values, ratio=None):
     best = minimize(lambda free: linear(free)[1], start, method='Nelder-Mead', options={'xatol': 1e-5, 'fatol': 1e-9}).x
     (L0, A, B), residual = linear(best)
     mu, nu = exponents(best)
-    return JointFit(float(L0), float(A * t0 ** mu), float(mu), float(B * p0 ** nu), float(nu), float(residual / np.sqrt(len(t))))
+    return JointFit(L0, A * t0 ** mu, mu, B * p0 ** nu, nu, residual / np.sqrt(len(t)))
 
 
 def notes(table, found, late=0.3):
@@ -131,37 +132,20 @@ def notes(table, found, late=0.3):
     if low <= whole.nu / whole.mu <= high:
         return []
     held, end = fit_joint(*points, ratio=gamma), fit_joint(*mean_curves(table, from_share=late))
-    noise = _seed_noise(table)
-    beside = f', {whole.error / noise:.1f} times the noise of the seed means' if noise > 0 else ''
+    variances = [seeds.var(ddof=1) / len(seeds) / seeds.mean() ** 2 for seeds in optimal_points(table).losses if len(seeds) > 1]
+    beside = f', {whole.error / np.sqrt(np.mean(variances)):.1f} times the noise of the seed means' if variances else ''
     return [f'ν/µ = {whole.nu / whole.mu:.2f} of the joint fit is not γ = {gamma:.2f} of the horizon fit: a sum of two power laws '
             f'misses the whole curves by {whole.error:.2%} (root mean square){beside}',
             f'fitted from x = {late:g} on, ν/µ is {end.nu / end.mu:.2f} and the misfit {end.error:.2%}; with ν/µ held at γ, the '
             f'misfit of the whole curves is {held.error:.2%}']
 
 
-def _seed_noise(table):
-    """Relative standard deviation of the seed means at their horizons, pooled over models; NaN for one seed."""
-    horizon = horizon_of(table)
-    by_model = {}
-    for run, rows in table.groupby('run', sort=False):
-        by_model.setdefault(rows['num_params'].iloc[0], []).append(loss_at(rows, [horizon[run]])[0])
-    variances = [np.var(losses, ddof=1) / len(losses) / np.mean(losses) ** 2 for losses in by_model.values() if len(losses) > 1]
-    return float(np.sqrt(np.mean(variances))) if variances else np.nan
-
-
-def mean_curves(table, from_share=0.02, points=60, until=1.0):
-    """(t, p, L) [n] of the seed-mean loss curves at log-spaced tokens, from `from_share` to `until` times each horizon.
+def mean_curves(table, from_share=0.02, points=60):
+    """(t, p, L) [n] of the seed-mean loss curves at log-spaced tokens, from `from_share` of each horizon on.
 
     The start of training is left out, because early transients are not power laws (fig. 5a leaves out 1B tokens).
     """
-    x = np.geomspace(from_share, until, points)
-    ends, horizon = runs(table), horizon_of(table)
-    curves = {}
-    for run, rows in table.groupby('run', sort=False):
-        p = ends.at[run, 'num_params']
-        curves.setdefault((p, horizon[run] / (6 * p)), []).append(loss_at(rows, x * horizon[run]))
-    t = np.concatenate([x * tokens for _, tokens in curves])
-    p = np.repeat([p for p, _ in curves], points)
-    L = np.concatenate([np.mean(values, 0) for values in curves.values()])
-    known = np.isfinite(L)
-    return t[known], p[known], L[known]
+    curves = collapse.curves(table, np.geomspace(from_share, 1, points))
+    tokens = optimal_points(table).compute / (6 * curves.p)
+    mean = np.array([curves.loss[curves.model == m].mean(0) for m in range(len(curves.p))])
+    return np.outer(tokens, curves.x).ravel(), np.repeat(curves.p, len(curves.x)), mean.ravel()

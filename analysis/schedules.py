@@ -11,6 +11,9 @@ expectation is (n - 1)/n of Tr Σ. The fit uses the unbiased trace, which is n/(
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.integrate import cumulative_trapezoid
+from scipy.special import stdtrit
 
 from analysis.scaling_law import LEVEL
 from analysis.table import LogError, require, runs
@@ -20,7 +23,9 @@ HAND_SET = 0.26    # the authors' value for the MLP (0.21 for CIFAR-5M), for the
 RATES = {  # rate over its peak at x, the share of the run: the schedules of optimizer.py that decay from the first step on
     'linear': lambda x: 1 - x, 'cosine': lambda x: (1 + np.cos(np.pi * x)) / 2, 'quadratic': lambda x: 1 - x ** 2}
 HALF_LIFE = 0.01   # of the run, for the smoothing in figures
-SETTLED = 20       # steps until Adam's second moment no longer remembers its start, at b2 = 0.95
+# Steps until Adam's second moment no longer remembers its start, at b2 = 0.95. A weight that has had no gradient yet has the
+# preconditioner peak_lr/eps, so the trace reaches 1e13, which would decide the fit. The traces of these steps are left out.
+SETTLED = 20
 
 
 class Aligned(NamedTuple):
@@ -31,7 +36,6 @@ class Aligned(NamedTuple):
     decay_frac: float
     p: float
     tokens_total: float   # tokens at the end of the run
-    peak_lr: float
     x: np.ndarray         # tokens over tokens_total
     tau: np.ndarray
     eta: np.ndarray       # rate over its peak
@@ -85,33 +89,27 @@ def align(table):
     if the log lacks a column, or if no run has a reference.
     """
     require(table, ['num_params', 'schedule', 'peak_lr', 'test_loss', 'lr', 'tau', 'tokens', 'Buvar'], 'schedule prediction')
-    notes = []
-    table = table.assign(share=trace_share(table), noise=lambda t: t['Buvar'] / t['share'])
-    ends = runs(table)
+    table = table.assign(share=trace_share(table), noise=lambda t: t['Buvar'] / t['share'], eta=table['lr'] / table['peak_lr'])
+    ends, rows, notes = runs(table), dict(list(table.groupby('run', sort=False))), []
     unknown = (ends['share'] == 1).sum()
     if unknown:
         notes.append(f'{unknown} runs do not say on how many test batches n their trace was measured (num_test_batches); '
                      'the trace is used as logged, which makes α too large by n/(n - 1)')
-    rows = dict(list(table.groupby('run', sort=False)))
     constant = ends[ends['schedule'] == 'const']
     aligned, alone = [], []
     for run, end in ends[ends['schedule'] != 'const'].iterrows():
-        name = _reference(constant, end)
-        if name is None:
+        name, own = _reference(constant, end), rows[run]
+        if name is not None:
+            own = own[own['tau'].between(rows[name]['tau'].iloc[0], rows[name]['tau'].iloc[-1])]
+        if name is None or len(own) < 2:
             alone.append(run)
             continue
-        reference, own = rows[name], rows[run]
-        own = own[(own['tau'] >= reference['tau'].iloc[0]) & (own['tau'] <= reference['tau'].iloc[-1])]
-        if len(own) < 2:
-            alone.append(run)
-            continue
-        at = own['tau'].to_numpy()
-        beside = {column: np.interp(at, reference['tau'], reference[column]) for column in ('lr', 'test_loss', 'noise')}
+        noise = own['noise'].where(~(own['step'] < SETTLED)) if 'step' in own else own['noise']
+        beside = {column: np.interp(own['tau'], rows[name]['tau'], rows[name][column]) for column in ('eta', 'test_loss', 'noise')}
         aligned.append(Aligned(
-            run, name, end['schedule'], float(end.get('decay_frac', np.nan)), float(end['num_params']), float(end['tokens']),
-            float(end['peak_lr']), (own['tokens'] / end['tokens']).to_numpy(), at, (own['lr'] / end['peak_lr']).to_numpy(),
-            beside['lr'] / end['peak_lr'], own['test_loss'].to_numpy(), beside['test_loss'], settled_noise(own), beside['noise'],
-            float(end['share'])))
+            run, name, end['schedule'], end.get('decay_frac', np.nan), end['num_params'], end['tokens'],
+            (own['tokens'] / end['tokens']).to_numpy(), own['tau'].to_numpy(), own['eta'].to_numpy(), beside['eta'],
+            own['test_loss'].to_numpy(), beside['test_loss'], noise.to_numpy(), beside['noise'], end['share']))
     if not aligned:
         found = ', '.join(sorted(ends['schedule'].dropna().unique()))
         raise LogError('no run with a decaying rate has a constant-rate run of the same model, batch and peak rate beside it '
@@ -123,25 +121,12 @@ def align(table):
 
 def _reference(constant, end):
     """Name of the constant-rate run to pair with the run that ends in the row `end`, or None."""
-    match = constant
-    for column in ('num_params', 'D', 'N', 'L', 'B', 'peak_lr'):
-        if column in match:
-            match = match[(match[column] == end[column]) | (match[column].isna() & (end[column] != end[column]))]
-    if not len(match):
-        return None
+    columns = [c for c in ('num_params', 'D', 'N', 'L', 'B', 'peak_lr') if c in constant]
+    same, wanted = constant[columns], end[columns]
+    match = constant[((same == wanted) | (same.isna() & wanted.isna())).all(axis=1)]
     rank = [(abs(one['tokens'] - end['tokens']) <= 0.01 * end['tokens'], one.get('seed') == end.get('seed'), one['tokens'])
             for _, one in match.iterrows()]
-    return match.index[max(range(len(rank)), key=rank.__getitem__)]
-
-
-def settled_noise(rows):
-    """Tr Σ [rows] of a run, from the column `noise`, NaN in the first SETTLED steps.
-
-    A weight that has had no gradient yet has the preconditioner peak_lr/eps, so the trace of the first steps reaches 1e13. Even
-    where the rate has hardly decayed, such a value would decide the fit.
-    """
-    noise = rows['noise'].to_numpy()
-    return np.where(rows['step'] < SETTLED, np.nan, noise) if 'step' in rows else noise
+    return match.index[rank.index(max(rank))] if rank else None
 
 
 def as_logged(aligned):
@@ -162,32 +147,24 @@ def fit(aligned, second_term=False):
     second_term=True fits α·δ(η·Tr Σ), the whole of eq. 15, in place of α·δη·Tr Σ. The paper drops the rest (appendix I).
     Raises LogError if there is no decay phase.
     """
-    z = [_term(one, second_term)[one.decaying] for one in aligned]
-    y = [(one.loss - one.reference)[one.decaying] for one in aligned]
-    square = sum(a @ a for a in z)
+    term = [one.eta * one.noise - one.reference_noise if second_term else one.delta_eta * one.noise for one in aligned]
+    z = np.concatenate([values[one.decaying] for values, one in zip(term, aligned, strict=True)])
+    y = np.concatenate([(one.loss - one.reference)[one.decaying] for one in aligned])
+    run = np.repeat(np.arange(len(aligned)), [one.decaying.sum() for one in aligned])
+    square = z @ z
     if not square > 0:
         raise LogError('no evaluation in a decay phase has a Tr Σ (Buvar); α cannot be fitted')
-    alpha = sum(a @ b for a, b in zip(z, y, strict=True)) / square
-    residual = [b - alpha * a for a, b in zip(z, y, strict=True)]
-    used = [i for i, a in enumerate(z) if len(a)]
-    references = {aligned[i].reference_run for i in used}
-    group = [aligned[i].reference_run if len(references) > 1 else aligned[i].run for i in used]
-    G = len(set(group))
-    se, ci = np.nan, None
+    alpha = z @ y / square
+    residual = y - alpha * z
+    reference = np.array([one.reference_run for one in aligned])[run]
+    groups = len(np.unique(reference))
+    score = pd.Series(z * residual).groupby(reference if groups > 1 else run).sum()
+    G, se, ci = len(score), np.nan, None
     if G > 1:
-        from scipy.special import stdtrit
-        score = {}
-        for i, name in zip(used, group, strict=True):
-            score[name] = score.get(name, 0) + z[i] @ residual[i]
-        se = np.sqrt(sum(value ** 2 for value in score.values()) * G / (G - 1)) / square
+        se = np.sqrt(score @ score * G / (G - 1)) / square
         half = stdtrit(G - 1, (1 + LEVEL) / 2) * se
-        ci = [float(alpha - half), float(alpha + half)]
-    rmse = np.sqrt(np.mean(np.concatenate(residual) ** 2))
-    return Fit(float(alpha), float(se), ci, float(rmse), len(used), len(references))
-
-
-def _term(one, second_term):
-    return one.eta * one.noise - one.reference_noise if second_term else one.delta_eta * one.noise
+        ci = [alpha - half, alpha + half]
+    return Fit(alpha, se, ci, np.sqrt((residual ** 2).mean()), len(np.unique(run)), groups)
 
 
 def rmse_relative(aligned, alpha):
@@ -269,10 +246,8 @@ def noise_share(table, p, L0, floor=0.1):
     if not len(late):
         raise LogError('the log has no Tr Σ (Buvar); another schedule needs it')
     share = np.log(late['noise'].to_numpy() / (late['test_loss'].to_numpy() - L0[:, None]))      # [S, n]
-    models = np.unique(late['num_params'])
-    mean = np.stack([share[:, late['num_params'] == one].mean(1) for one in models])             # [M, S]
-    slope, level = np.polyfit(np.log(models / models[-1]), mean, 1)                              # [S] each
-    return np.exp(level + slope * np.log(p / models[-1]))
+    mean = pd.DataFrame(share.T).groupby(late['num_params'].to_numpy()).mean()                   # [M, S]
+    return np.exp(np.polyfit(np.log(mean.index / p), mean, 1)[1])                                # the line at log p
 
 
 def apply_schedule(name, x, reducible, share, alpha, horizon_ratio=1.0):
@@ -284,8 +259,7 @@ def apply_schedule(name, x, reducible, share, alpha, horizon_ratio=1.0):
     """
     rate = RATES[name](x)
     fine = np.linspace(0, 1, 2001)
-    area = np.concatenate([[0], np.cumsum((RATES[name](fine)[1:] + RATES[name](fine)[:-1]) / 2 * np.diff(fine))])
-    tau = horizon_ratio * np.interp(x, fine, area)
+    tau = horizon_ratio * np.interp(x, fine, cumulative_trapezoid(RATES[name](fine), fine, initial=0))
     if tau[-1] > x[-1] * (1 + 1e-9):
         raise LogError(f'a {name} run of {horizon_ratio:.3g} times the horizon of the constant-rate curves goes beyond their end; '
                        'shorten --horizon')

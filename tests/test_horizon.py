@@ -42,11 +42,12 @@ def test_clean_curves_give_the_planted_horizon():
     assert len(found.p) == 4                                                    # of six: the ends are dropped
 
 
-def test_horizon_helpers_agree():
+def test_compute_of_the_rule():
     p = np.array([1e6, 1e7])
     np.testing.assert_allclose(horizon.optimal_compute(p, SCALE, EXPONENT), 6 * p ** 2, rtol=1e-12)
-    table = horizon.with_horizon(planted(), SCALE, EXPONENT)
-    np.testing.assert_allclose(table['opt_compute'], 6 * table['num_params'] ** 2, rtol=1e-12)
+    table = horizon.at_horizon(planted(seeds=1, offset=0, jitter=0, evals=400))
+    found = horizon.fit(horizon.smooth_curves(table))
+    np.testing.assert_allclose(table['opt_compute'], horizon.optimal_compute(table['num_params'], found.scale, found.exponent))
 
 
 def test_coverage_of_the_90_percent_intervals():

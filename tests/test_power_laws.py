@@ -68,10 +68,10 @@ def test_notes_say_why_the_exponents_of_the_two_fits_differ():
     """There is no note where two power laws describe the curves. A transient at the start moves ν/µ, and the note says how far."""
     exact = power_law_table(np.random.default_rng(0), past=10.0, schedule='const', seeds=2, offset=1e-3, jitter=1e-4, evals=400)
     found = horizon.fit(horizon.smooth_curves(exact))
-    assert power_laws.notes(horizon.with_horizon(exact, found.scale, found.exponent), found) == []
-    share = exact['compute'] / horizon.optimal_compute(exact['num_params'], found.scale, found.exponent)
-    transient = exact.assign(test_loss=exact['test_loss'] * (1 + 0.3 * np.exp(-share / 0.05)))
-    notes = power_laws.notes(horizon.with_horizon(transient, found.scale, found.exponent), found)
+    assert power_laws.notes(horizon.at_horizon(exact), found) == []
+    compute = horizon.optimal_compute(exact['num_params'], found.scale, found.exponent)
+    transient = exact.assign(test_loss=exact['test_loss'] * (1 + 0.3 * np.exp(-exact['compute'] / compute / 0.05)))
+    notes = power_laws.notes(transient.assign(opt_compute=compute), found)
     assert len(notes) == 2 and 'times the noise of the seed means' in notes[0] and 'from x = 0.3 on' in notes[1]
     whole, late = (float(note.split('ν/µ ')[1].split()[1]) for note in notes)
     assert abs(late - 1) < abs(whole - 1) / 2                                     # γ = 1 is planted
