@@ -48,7 +48,7 @@ def vocab_size(ds_path, data_needed=True) -> int | None:
     """The vocabulary size in a data set's meta file. None without a meta file, or without a data set if none is needed."""
     if ds_path in (None, 'fourier') or not (data_needed or Path(str(ds_path)).exists()):
         return None
-    return token_files.open_tokens(str(ds_path)).vocab_size
+    return token_files.open_tokens(str(ds_path)).meta.vocab_size
 
 
 def fast_compile_options() -> dict:
@@ -191,7 +191,7 @@ def token_task(run, seeds, rows) -> Task:
         return np.stack([[train.read(b * B * L, B * L).reshape(B, L)[rows] for b in drawn] for drawn in order], 1)  # [M, S, B, L]
 
     def batch(tokens):
-        y, weight = next_tokens(tokens, train.pad_id, run.published_averaging)
+        y, weight = next_tokens(tokens, train.meta.pad_id, run.published_averaging)
         return Batch(tokens, y, weight)
 
     test = batch(held_out.read(0, n * B * L).reshape(n, B, L))

@@ -6,125 +6,87 @@ A part is an .npz file whose array X is [images, 32, 32, 3] uint8. Each image be
 three channels, truncated, so that ids are 0 … 255. The test set is --test-images images, drawn from all parts without replacement
 with --seed. Both sets keep the order of the parts.
 
-The images are read in blocks straight from the archive, so memory stays below 100 MB. The disk holds no more than the result.
-A run that is killed leaves no train.bin, and the same command starts again: all six parts take a minute or two on one core.
+The images are read in blocks straight from the archive, so memory stays below 100 MB. A run that is killed leaves no train.bin, and
+the same command starts again: all six parts take a minute or two on one core.
 """
 
 import argparse
-import sys
-import time
-import tokenize  # NumPy does not catch its TokenError when the header of an array is damaged
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from token_files import prepare
-from token_files.atomic import flush_to_disk
 
 IMAGE = (32, 32, 3)
-IMAGE_BYTES = 32 * 32 * 3
 PIXELS = 32 * 32  # tokens of an image
 BLOCK_IMAGES = 4096  # converted at a time: 12 MB of colour
-DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, ValueError, EOFError, OSError)
 
 
 def open_images(path: Path):
-    """(stream at the first value of X, shape, dtype, CRC-32 of X) of a part, without reading the images.
+    """(stream at the first value of X, number of images, CRC-32 of X) of a part, from its header.
 
-    Raises ValueError naming the file if it is not a whole .npz file or has no array X.
+    Raises ValueError naming the file if it is not a whole .npz file, or if X is missing or has a wrong shape or dtype.
     """
-    try:
+    with prepare.clear_errors(path):
         archive = zipfile.ZipFile(path)
         entry = archive.getinfo('X.npy')
         stream = archive.open(entry)
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(stream)
-    except FileNotFoundError as error:
-        raise ValueError(f'{path}: no such file') from error
-    except KeyError as error:
-        raise ValueError(f'{path}: has no array X; it has {", ".join(archive.namelist()) or "none"}') from error
-    except DAMAGED as error:
-        raise ValueError(f'{path}: cut short or not an .npz file ({error}); download it again') from error
-    if is_fortran:
-        raise ValueError(f'{path}: X is in Fortran order; save it again with np.ascontiguousarray(X)')
-    return stream, shape, dtype, entry.CRC
-
-
-def inspect(path: Path) -> tuple[int, int]:
-    """(number of images, CRC-32 of X) of a part, from its header. Raises ValueError if shape or dtype is wrong."""
-    stream, shape, dtype, crc = open_images(path)
-    stream.close()
-    if len(shape) != 4 or shape[1:] != IMAGE or dtype != np.uint8 or shape[0] == 0:
-        raise ValueError(f'{path}: X is {list(shape)} {dtype}; wanted [images, 32, 32, 3] uint8')
-    return shape[0], crc
+        np.lib.format.read_magic(stream)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # the version that NumPy writes for any image array
+    if is_fortran or shape[1:] != IMAGE or dtype != np.uint8:
+        order = 'Fortran' if is_fortran else 'C'
+        raise ValueError(f'{path}: X is {list(shape)} {dtype} in {order} order; wanted [images, 32, 32, 3] uint8 in C order')
+    return stream, shape[0], entry.CRC
 
 
 def grey(colour: np.ndarray) -> np.ndarray:
     """Mean over the channels, truncated: [n, 3] uint8 -> [n] uint8. The integer division is exact."""
-    total = colour[:, 0].astype(np.uint16)
-    total += colour[:, 1]
-    total += colour[:, 2]
+    total = colour[:, 0].astype(np.uint16) + colour[:, 1] + colour[:, 2]  # 7 times as fast as colour.sum(1)
     return (total // 3).astype(np.uint8)
 
 
-def grey_images(path: Path, count: int):
-    """Yield the `count` grey images of a part in blocks [at most BLOCK_IMAGES, 1024]. Raises ValueError if the part is damaged."""
-    stream, *_ = open_images(path)
-    with stream:
-        try:
-            for start in range(0, count, BLOCK_IMAGES):
-                n = min(BLOCK_IMAGES, count - start)
-                data = stream.read(n * IMAGE_BYTES)
-                if len(data) < n * IMAGE_BYTES:
-                    raise ValueError(f'X ends after {start + len(data) // IMAGE_BYTES} of {count} images')
-                yield grey(np.frombuffer(data, np.uint8).reshape(-1, 3)).reshape(n, PIXELS)
-            if stream.read(1):  # reading to the end makes zipfile compare the checksum
-                raise ValueError(f'X goes on after its {count} images')
-        except DAMAGED as error:
-            raise ValueError(f'{path}: damaged ({error}); download it again') from error
+def grey_images(path: Path):
+    """Yield the grey images of a part in blocks [at most BLOCK_IMAGES, 1024]. Raises ValueError if the part is damaged."""
+    stream, count, _ = open_images(path)
+    with stream, prepare.clear_errors(path):
+        for start in range(0, count, BLOCK_IMAGES):
+            n = min(BLOCK_IMAGES, count - start)
+            colour = np.frombuffer(stream.read(3 * n * PIXELS), np.uint8)  # at the end zipfile compares the checksum
+            yield grey(colour.reshape(n * PIXELS, 3)).reshape(n, PIXELS)
 
 
-def write_splits(paths: list[Path], counts: list[int], is_test: np.ndarray, folder: Path) -> None:
+def write_splits(paths: list[Path], is_test: np.ndarray, folder: Path) -> None:
     """Write train.bin and test.bin into `folder`. is_test [all images] says which images are the test set."""
     first = 0  # number of the first image of the block, counted over all parts
     with (open(folder / 'train.bin', 'wb') as train, open(folder / 'test.bin', 'wb') as test,
           tqdm(total=len(is_test), unit=' images', unit_scale=True) as bar):
-        for path, count in zip(paths, counts, strict=True):
-            for images in grey_images(path, count):
-                chosen = is_test[first : first + len(images)]
-                train.write(images[~chosen])
-                test.write(images[chosen])
-                first += len(images)
-                bar.update(len(images))
-        flush_to_disk(train)
-        flush_to_disk(test)
+        for images in (block for path in paths for block in grey_images(path)):
+            chosen = is_test[first : first + len(images)]
+            train.write(images[~chosen])
+            test.write(images[chosen])
+            first += len(images)
+            bar.update(len(images))
 
 
 def make(paths: list[Path], out: Path, seed: int = 2357, test_images: int = 2000) -> None:
     """Write the data set of these parts into `out`. Raises ValueError or OSError with one line."""
     prepare.check_no_duplicates(paths)
-    counts, checksums = zip(*map(inspect, paths), strict=True)
-    total = sum(counts)
+    parts = [[path.name, *open_images(path)[1:]] for path in paths]  # name, number of images, CRC-32
+    total = sum(count for _, count, _ in parts)
     if not 0 < test_images < total:
         raise ValueError(f'--test-images is {test_images}, but there are {total} images; wanted 1 to {total - 1}')
-    source = {'parts': [[path.name, count, crc] for path, count, crc in zip(paths, counts, checksums, strict=True)], 'seed': seed,
-              'test_images': test_images}
-    with prepare.preparation(out, source) as folder:
-        if folder is None:
-            return
-        started = time.time()
-        prepare.check_free_space(folder, total * PIXELS)
+    source = {'parts': parts, 'seed': seed, 'test_images': test_images}
+
+    def write(folder):
         is_test = np.zeros(total, bool)
         is_test[np.random.default_rng(seed).choice(total, test_images, replace=False)] = True
-        write_splits(paths, counts, is_test, folder)
-        prepare.finish(folder, out, {
-            'vocab_size': 256, 'image': list(IMAGE[:2]), 'images': {'train': total - test_images, 'test': test_images},
-            'split': f'{test_images} images drawn with seed {seed} are the test set, order kept', 'source': source})
-    print(f'{out}: {total:,} images ({time.time() - started:.0f} s)', file=sys.stderr)
+        write_splits(paths, is_test, folder)
+        return {'vocab_size': 256, 'image': list(IMAGE[:2]), 'images': {'train': total - test_images, 'test': test_images},
+                'split': f'{test_images} images drawn with seed {seed} are the test set, order kept', 'source': source}
+
+    prepare.make_data_set(out, source, write)
 
 
 def main():

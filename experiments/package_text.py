@@ -12,25 +12,15 @@ import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from token_files import prepare
-from token_files.atomic import atomic_write
 
 VOCABULARY = [chr(i) for i in range(128)]
 TEST_CHARACTERS = 400_000
 PIECE = 128  # characters
-
-
-def find_package(package: str) -> Path:
-    """The folder of an installed package. Raises ValueError if there is none."""
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise ValueError(f'{package}: no such package is installed')
-    return Path(found.submodule_search_locations[0])
 
 
 def read_sources(root: Path):
@@ -52,22 +42,24 @@ def shuffle_pieces(text: bytes) -> bytes:
 
 def make(package: str, out: Path) -> None:
     """Write the data set into `out`, or nothing if it is there already. Raises ValueError or OSError with one line."""
-    root = find_package(package)
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f'{package}: no such package is installed')
     distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
     source = {'package': package, 'version': importlib.metadata.version(distribution), 'test': TEST_CHARACTERS, 'piece': PIECE}
-    with prepare.preparation(out, source) as folder:
-        if folder is None:
-            return
+
+    def write(folder):
         sets, size = {'test': [], 'train': []}, 0
-        for text in read_sources(root):
+        for text in read_sources(Path(found.submodule_search_locations[0])):
             sets['test' if size < TEST_CHARACTERS else 'train'].append(text)
             size += len(text)
         if not sets['train']:
             raise ValueError(f'{package}: {size} characters are too few; the test set alone takes {TEST_CHARACTERS}')
-        for name, files in sets.items():
-            atomic_write(folder / f'{name}.bin', shuffle_pieces(b''.join(files)))
-        prepare.finish(folder, out, {'source': source, 'vocab_size': len(VOCABULARY), 'vocabulary': VOCABULARY})
-    print(f'{out}: {size:,} characters', file=sys.stderr)
+        for name, texts in sets.items():
+            (folder / f'{name}.bin').write_bytes(shuffle_pieces(b''.join(texts)))
+        return {'source': source, 'vocab_size': len(VOCABULARY), 'vocabulary': VOCABULARY}
+
+    prepare.make_data_set(out, source, write)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Plays chess games with an engine and writes them in the form of the Lichess data set: parquet and PGN. For tests and small runs.
+"""Plays chess games with an engine and writes them as parquet in the form of the Lichess data set. For tests and small runs.
 
     python tests/make_games.py DIR --games 2000 --files 4     # needs the programs `stockfish` (Debian) and python-chess
 
@@ -101,18 +101,11 @@ def write_parquet(rows: list[dict], path: Path, row_group: int = 10_000):
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, row_group_size=row_group, compression='snappy')
 
 
-def write_pgn(rows: list[dict], path: Path):
-    with open(path, 'w') as f:
-        for row in rows:
-            tags = ''.join(f'[{name} "{row[name]}"]\n' for name in SCHEMA.names[:-1])
-            f.write(f'{tags}\n{row["movetext"]}\n\n')
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('dir', type=Path)
     parser.add_argument('--games', type=int, default=2000)
-    parser.add_argument('--files', type=int, default=4, help='number of parquet files; games.pgn holds all games')
+    parser.add_argument('--files', type=int, default=4, help='number of parquet files')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--jobs', type=int, default=2)
     args = parser.parse_args()
@@ -122,7 +115,6 @@ def main():
     rows = games(args.games, args.seed, args.jobs)
     for i in range(args.files):
         write_parquet(rows[i :: args.files], args.dir / f'train-{i:05}-of-{args.files:05}.parquet')
-    write_pgn(rows, args.dir / 'games.pgn')
 
 
 if __name__ == '__main__':

@@ -92,16 +92,12 @@ def image_inputs(folder: Path, times: int) -> list[Path]:
 def rates(folder: Path, kind: str):
     print(f'\n| {kind} | count | wall s | CPU s | a second | peak MB |\n|---|---|---|---|---|---|', flush=True)
     for times in (1, 8):
-        if kind == 'chess':
-            runs = [('with position', []), ('without', ['--no-position'])]
-            inputs, count = chess_inputs(folder, times), GAMES * times
-        else:
-            runs, inputs, count = [('', [])], image_inputs(folder, times), PART * times
-        for label, flags in runs:
-            out = folder / f'out-{kind}-{times}{label[:4]}'
-            wall, cpu, peak = measure(f'prepare_{kind}.py', *inputs, '--out', out, *flags)
-            print(f'| {times}× {label} | {count:,} | {wall:.1f} | {cpu:.1f} | {count / wall:,.0f} | {peak:.0f} |', flush=True)
-            subprocess.run(['rm', '-r', out], check=True)
+        inputs = (chess_inputs if kind == 'chess' else image_inputs)(folder, times)
+        count = (GAMES if kind == 'chess' else PART) * times
+        out = folder / f'out-{kind}-{times}'
+        wall, cpu, peak = measure(f'prepare_{kind}.py', *inputs, '--out', out)
+        print(f'| {times}× | {count:,} | {wall:.1f} | {cpu:.1f} | {count / wall:,.0f} | {peak:.0f} |', flush=True)
+        subprocess.run(['rm', '-r', out], check=True)
 
 
 def kills(folder: Path):

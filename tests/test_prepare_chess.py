@@ -1,7 +1,7 @@
 """Chess preparation: every usable game is kept exactly once, and the bytes are the same however the run was interrupted."""
 
 import collections
-import gzip
+import fcntl
 import json
 import os
 import re
@@ -74,11 +74,11 @@ def read_all(folder):
 # ---------------------------------------------------------------- one game
 
 
-def text_of(movetext, white=1500, black=1600, position=True):
+def text_of(movetext, white=1500, black=1600):
     """The characters of a game's tokens, or the reason why it is skipped."""
     try:
-        return ''.join(prepare_chess.VOCABULARY[i] for i in prepare_chess.tokenise(movetext, white, black, position))
-    except prepare_chess.Skipped as reason:
+        return ''.join(prepare_chess.VOCABULARY[i] for i in prepare_chess.tokenise(movetext, white, black))
+    except ValueError as reason:
         return str(reason)
 
 
@@ -86,7 +86,6 @@ def test_a_game_is_written_as_the_paper_describes():
     movetext = '1. e4 { [%clk 0:03:00] } 1... e5 2. Nf3?! { [%eval 0.1] } 2... Nc6 1-0'
     position = 'r1bqkbnr/pppp1ppp/2n5/4p3/4P3/5N2/PPPP1PPP/RNBQKB1R w KQkq - 2 3'  # known from any chess book
     assert text_of(movetext) == f'<BOS>e4,e5;Nf3?!,Nc6|1500|1600|{position}<EOS>'
-    assert text_of(movetext, position=False) == '<BOS>e4,e5;Nf3?!,Nc6|1500|1600|<EOS>'
 
 
 def test_the_position_names_en_passant_only_where_it_is_possible():
@@ -123,7 +122,7 @@ def test_every_game_is_in_one_split_and_reads_back(rows, prepared):
 
 def test_the_order_is_independent_of_the_input_order(rows, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_chess, 'BUCKETS', 2)  # few, so that an order within a bucket would show
-    prepare_chess.make(list(map(str, inputs)), tmp_path / 'out', test_games=40, position=False)
+    prepare_chess.make(list(map(str, inputs)), tmp_path / 'out', test_games=40)
     place = {key_of(row): i for i, row in enumerate(rows[0::3] + rows[1::3] + rows[2::3])}
     games = read_all(tmp_path / 'out')
     correlation = np.corrcoef([place[game[:3]] for game in games], np.arange(len(games)))[0, 1]
@@ -138,15 +137,6 @@ def test_meta_gives_the_vocabulary_and_the_padding(prepared):
     assert len(b) == 2 and used[b[0]] == 0 and used[b[1]] > 0  # 'b' has two ids, of which the published data use the later
 
 
-def test_pgn_files_plain_and_compressed_give_the_games_of_parquet(rows, prepared, tmp_path):
-    make_games.write_pgn(rows[:99], tmp_path / '0.pgn')
-    make_games.write_pgn(rows[99:], tmp_path / '1.pgn')
-    (tmp_path / '1.pgn.gz').write_bytes(gzip.compress((tmp_path / '1.pgn').read_bytes()))
-    ran = prepare(tmp_path / '0.pgn', tmp_path / '1.pgn.gz', '--out', tmp_path / 'out')
-    assert ran.returncode == 0, ran.stderr
-    assert sorted(read_all(tmp_path / 'out')) == sorted(read_all(prepared))
-
-
 def test_skipped_games_are_counted_and_reported(rows, tmp_path):
     bad = [dict(rows[0], movetext=text) for text in ('', None, '1. e4 $1 e5 1-0', '1. e4 e6 2. e6 1-0')]
     bad += [dict(rows[0], WhiteElo=None), dict(rows[0], BlackElo=None)]
@@ -156,13 +146,6 @@ def test_skipped_games_are_counted_and_reported(rows, tmp_path):
     skipped = json.loads((tmp_path / 'out' / 'meta.json').read_text())['games']['skipped']
     assert skipped == {'no moves': 2, 'character outside the vocabulary': 1, 'illegal move': 1, 'missing rating': 2}
     assert '2 of 8 games' in ran.stderr and '1 illegal move' in ran.stderr
-
-
-def test_without_the_position_the_rest_is_the_same(inputs, prepared, tmp_path):
-    ran = prepare(*inputs, '--out', tmp_path / 'out', '--no-position')
-    assert ran.returncode == 0, ran.stderr
-    want = [game[:3] for game in read_back(prepared / 'train.bin')]
-    assert [game[:3] for game in read_back(tmp_path / 'out' / 'train.bin')] == want
 
 
 # ---------------------------------------------------------------- interruptions and refusals
@@ -209,20 +192,24 @@ def test_a_changed_input_is_noticed_by_its_size_or_its_time(tmp_path):
     path = tmp_path / '0.parquet'
     path.write_bytes(b'12')
     os.utime(path, ns=(0, 0))
-    before = prepare_chess.identity(str(path))
-    assert prepare_chess.identity(str(path)) == before
+    before = prepare_chess.buckets_name(str(path), 0, 42)
+    assert prepare_chess.buckets_name(str(path), 0, 42) == before
     path.write_bytes(b'21')  # as long, but written later
-    assert prepare_chess.identity(str(path)) != before
+    assert prepare_chess.buckets_name(str(path), 0, 42) != before
     path.write_bytes(b'123')
     os.utime(path, ns=(0, 0))
-    assert prepare_chess.identity(str(path)) != before
+    assert prepare_chess.buckets_name(str(path), 0, 42) != before
 
 
 def test_other_options_start_over(inputs, prepared, tmp_path):
     out = tmp_path / 'out'
-    assert prepare(*inputs, '--out', out, '--no-position', test_games=GAMES).returncode == 1  # no game is left to train on
+    assert prepare(*inputs, '--out', out, '--seed', 7, test_games=GAMES).returncode == 1  # no game is left to train on
+    outdated = set((out / '.preparing').glob('input-*'))
+    ran = prepare(*inputs, '--out', out, test_games=GAMES)
+    assert ran.returncode == 1 and 'by an earlier run' not in ran.stderr, ran.stderr
+    assert not outdated & set((out / '.preparing').glob('input-*'))  # they would take disk space until the end
     ran = prepare(*inputs, '--out', out)
-    assert ran.returncode == 0 and 'by an earlier run' not in ran.stderr, ran.stderr
+    assert ran.returncode == 0, ran.stderr
     assert killing.checksums(out) == killing.checksums(prepared)
 
 
@@ -234,13 +221,13 @@ def broken_inputs(rows, folder):
     (folder / 'hole.parquet').write_bytes(whole[:200] + bytes(2000) + whole[2200:])  # the footer is right, the pages are not
     pq.write_table(table.drop(['BlackElo']), folder / 'column.parquet')
     pq.write_table(table.set_column(4, 'WhiteElo', pa.array(['1500'] * 50)), folder / 'type.parquet')
-    (folder / 'notes.pgn').write_text('no games here\n')
+    (folder / 'notes.txt').write_text('no games here\n')
 
 
 @pytest.mark.parametrize('name, says', [
-    ('half.parquet', 'cut short or damaged'), ('hole.parquet', 'cut short or damaged'),
-    ('column.parquet', 'has no column BlackElo'), ('type.parquet', 'WhiteElo is string; wanted integers'),
-    ('absent.parquet', 'no such file'), ('absent.pgn', 'no such file'), ('notes.pgn', '0 of 1 games are usable'),
+    ('half.parquet', 'cannot be read'), ('hole.parquet', 'cannot be read'),
+    ('column.parquet', 'column BlackElo is missing'), ('type.parquet', 'WhiteElo is string; wanted int'),
+    ('absent.parquet', 'no such file'), ('notes.txt', 'cannot be read'),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(rows, tmp_path, name, says):
     broken_inputs(rows, tmp_path)
@@ -253,9 +240,8 @@ def test_bad_input_is_one_clear_line(rows, tmp_path, name, says):
 def test_wrong_options_and_inputs_are_refused_before_any_folder_is_made(rows, inputs, tmp_path):
     broken_inputs(rows, tmp_path)
     for options, says in (({'test_games': 0}, '--test-games is 0; wanted 1 or more'),
-                          ({'paths': [str(inputs[0])] * 2}, '0.parquet: is given twice'),
-                          ({'paths': [str(inputs[0]), str(tmp_path / 'column.parquet')]}, 'has no column BlackElo'),
-                          ({'paths': ['https://example.org/games.pgn']}, 'must be on this machine')):
+                          ({'paths': [str(inputs[0])] * 2}, '0.parquet: is given 2 times'),
+                          ({'paths': [str(inputs[0]), str(tmp_path / 'column.parquet')]}, 'column BlackElo is missing')):
         with pytest.raises(ValueError, match=says):
             prepare_chess.make(**{'paths': [str(inputs[0])], 'out': tmp_path / 'out', **options})
     assert not (tmp_path / 'out').exists()
@@ -283,6 +269,14 @@ def test_a_full_disk_leaves_no_result_and_the_next_run_succeeds(inputs, prepared
     ran = prepare(*inputs, '--out', out)
     assert '3 of 3 input files were read by an earlier run' in ran.stderr
     assert killing.checksums(out) == killing.checksums(prepared)
+
+
+def test_two_processes_do_not_prepare_the_same_data_set(inputs, tmp_path):
+    (tmp_path / '.preparing').mkdir()
+    with open(tmp_path / '.preparing' / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ran = prepare(*inputs, '--out', tmp_path)
+    assert ran.returncode == 1 and 'another process is preparing it' in ran.stderr
 
 
 def test_another_data_set_is_not_written_over(inputs, tmp_path):
@@ -355,11 +349,11 @@ def test_an_unreachable_hub_is_one_clear_line(hub, tmp_path):
     server.shutdown()
     server.server_close()
     ran = prepare(URL, '--out', tmp_path / 'out', test_games=10, env=env)
-    assert ran.returncode == 1 and f'prepare_chess: {URL}: cannot be reached' in ran.stderr.splitlines()[-1], ran.stderr
+    assert ran.returncode == 1 and f'prepare_chess: {URL}: cannot be read' in ran.stderr.splitlines()[-1], ran.stderr
     assert not (tmp_path / 'out').exists()
 
 
 def test_what_is_wrong_with_a_file_at_a_url_is_not_blamed_on_the_connection(rows, tmp_path):
     broken_inputs(rows, tmp_path)
-    with pytest.raises(ValueError, match=r'^file://\S+/column\.parquet: has no column BlackElo'):
+    with pytest.raises(ValueError, match=r'^file://\S+/column\.parquet: column BlackElo is missing'):
         prepare_chess.check_input(f'file://{tmp_path}/column.parquet')

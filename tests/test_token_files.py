@@ -51,19 +51,26 @@ def test_tokens_are_read_as_written_and_start_again_at_the_end(tmp_path, kind):
 
 def test_the_test_split_may_be_called_val(tmp_path):
     (write_raw(tmp_path) / 'test.bin').rename(tmp_path / 'val.bin')
-    assert files.open_tokens(tmp_path, 'test').files == (tmp_path / 'val.bin',)
+    assert files.open_tokens(tmp_path, 'test').files == [tmp_path / 'val.bin']
 
 
 def test_the_padding_id_comes_from_the_data_set_and_is_not_0_by_default(tmp_path):
-    assert files.open_tokens(write_raw(tmp_path)).pad_id is None
-    assert files.open_tokens(write_raw(tmp_path, vocab_size=200, pad_id=7)).pad_id == 7
+    assert files.open_tokens(write_raw(tmp_path)).meta.pad_id is None
+    assert files.open_tokens(write_raw(tmp_path, vocab_size=200, pad_id=7)).meta.pad_id == 7
 
 
 def test_the_published_meta_pkl_is_read(tmp_path):
     write_raw(tmp_path, bytes([0, 1, 2] * 50))
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'c'}}))
-    assert files.open_tokens(tmp_path).vocab_size == 3
-    assert describe.decode(np.array([2, 0, 1]), meta.read_meta(tmp_path)) == 'cab'
+    assert files.open_tokens(tmp_path).meta.vocab_size == 3
+    assert describe.decode(np.array([2, 0, 1, 3]), meta.read_meta(tmp_path)) == 'cab?'
+
+
+def test_keys_of_meta_json_take_the_place_of_those_of_meta_pkl(tmp_path):
+    write_raw(tmp_path, vocab_size=256)
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 54, 'bos': 1}))
+    found = meta.read_meta(tmp_path)
+    assert (found.vocab_size, found.bos) == (256, 1)
 
 
 class Payload:
@@ -100,18 +107,16 @@ def fault(folder, name):
         write_raw(folder, vocab_size='54')
     elif name == 'words':
         write_raw(folder, vocab_size=2, vocabulary=[1, 2])
-    elif name == 'vocab entries':
-        write_raw(folder, vocab_size=3, vocabulary=['a', 'b'])
     elif name == 'image':
         write_raw(folder, image=[32])
     elif name == 'pad':
         write_raw(folder, pad_id=300)
     elif name == 'counts':
         write_raw(folder, tokens=[800])
+    elif name == 'list':
+        (write_raw(folder) / 'meta.json').write_text('[1]')
     elif name == 'json':
         (write_raw(folder) / 'meta.json').write_text('{"vocab_size": ')
-    elif name == 'disagree':
-        (write_raw(folder, vocab_size=256) / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 54}))
     elif name == 'magic':
         write_shard(folder / 'x_train_0.bin', range(9), magic=7)
     elif name == 'version':
@@ -124,13 +129,15 @@ def fault(folder, name):
     ('odd', '3 bytes are not a whole number of uint16'), ('empty', 'train.bin: is empty'),
     ('none', 'no train data; wanted train.bin'), ('download', 'an unfinished download or preparation is there'),
     ('preparation', 'an unfinished download or preparation is there'),
-    ('dtype', "dtype='float32' is wrong; wanted"), ('count', '800 tokens, meta.json promises 801'),
-    ('words', 'wanted a list of strings'), ('image', 'wanted [rows, columns]'),
-    ('pad', 'pad_id=300, but no uint8 token'), ('counts', 'wanted {file: count}'),
-    ('vocab', "vocab_size='54' is wrong; wanted an integer"),
-    ('vocab entries', 'vocabulary has 2 entries, but vocab_size is 3'),
-    ('json', 'meta.json: cannot be read'), ('disagree', 'vocab_size is 256, but 54 in meta.pkl'),
-    ('magic', 'magic number 20240520'), ('version', 'wanted version 1'), ('short', 'promises 10 uint16 tokens, it holds 9'),
+    ('dtype', "dtype='float32' is wrong: Input should be 'uint8' or 'uint16'"),
+    ('vocab', "vocab_size='54' is wrong: Input should be a valid integer"),
+    ('words', "vocabulary.0='1' is wrong: Input should be a valid string"),
+    ('image', "image='[32]' is wrong: List should have at least 2 items"),
+    ('counts', "tokens='[800]' is wrong: Input should be a valid dictionary"),
+    ('count', '800 tokens, meta.json promises 801'), ('pad', 'pad_id=300, but no uint8 token'),
+    ('json', 'meta.json: cannot be read'), ('list', 'it holds a list'),
+    ('magic', 'magic number 20240520'), ('version', 'version 2 and 9 uint16 tokens; wanted version 1'),
+    ('short', 'version 1 and 10 uint16 tokens; wanted version 1 and 9 tokens'),
 ])  # fmt: skip
 def test_a_fault_is_one_clear_line(tmp_path, name, says):
     fault(tmp_path, name)
@@ -159,16 +166,12 @@ def test_the_first_id_outside_the_vocabulary_is_named(tmp_path):
 # ---------------------------------------------------------------- describing
 
 
-def test_entropy_of_known_frequencies():
-    assert describe.entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(np.log(4), rel=1e-12)  # four equal ids
-    assert describe.entropy(np.array([0, 9])) == 0
-
-
-def test_histogram_and_checksum_of_a_stream(tmp_path):
+def test_histogram_and_checksum_of_a_stream(tmp_path, capsys):
     ids = np.random.default_rng(0).integers(40, size=files.BLOCK_TOKENS + 999, dtype=np.uint8)
-    counts, sums = describe.count_ids(files.open_tokens(write_raw(tmp_path, ids.tobytes())))
+    sums = {'train.bin': hashlib.sha256(ids.tobytes()).hexdigest()}
+    counts = describe.describe_split('train', files.open_tokens(write_raw(tmp_path, ids.tobytes(), sha256=sums)))
     np.testing.assert_array_equal(counts, np.bincount(ids, minlength=256))
-    assert sums == {'train.bin': hashlib.sha256(ids.tobytes()).hexdigest()}
+    assert '40 different ids from 0 to 39' in capsys.readouterr().out
 
 
 def test_repeated_sequences_are_found_at_any_position(tmp_path, monkeypatch):
@@ -187,42 +190,30 @@ def test_repeated_sequences_are_found_at_any_position(tmp_path, monkeypatch):
 def test_a_changed_byte_is_found(tmp_path):
     train, test = os.urandom(100_000), os.urandom(5000)
     write_raw(tmp_path, train, test, sha256={'train.bin': hashlib.sha256(train).hexdigest()})
-    describe.describe(tmp_path, None)
+    describe.describe(tmp_path)
     (tmp_path / 'train.bin').write_bytes(bytes([train[0] ^ 1]) + train[1:])
     with pytest.raises(ValueError, match='its SHA-256 is'):
-        describe.describe(tmp_path, None)
+        describe.describe(tmp_path)
 
 
 def test_data_that_no_model_can_be_trained_on_is_refused(tmp_path):
     with pytest.raises(ValueError, match='test.bin: 100 tokens are fewer than one sequence of 128'):
-        describe.describe(write_raw(tmp_path, test=b'abcd' * 25), None)
+        describe.describe(write_raw(tmp_path, test=b'abcd' * 25))
     with pytest.raises(ValueError, match='bos=255 never occurs in train'):
-        describe.describe(write_raw(tmp_path, bos=255), None)
+        describe.describe(write_raw(tmp_path, bos=255))
 
 
-@pytest.mark.parametrize('name', ['2024', 'my: #1', "Austen's"])
+@pytest.mark.parametrize('name', ['2024', 'my: #1', "Austen's", 'Émile 📖'])
 def test_the_printed_configuration_names_its_folder(tmp_path, name, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
-    describe.describe(write_raw(Path(name)), None)
+    describe.describe(write_raw(Path(name)))
     assert OmegaConf.create(capsys.readouterr().out).ds_path == name
 
 
 def test_documents_are_compared_only_where_tokens_are_bytes(tmp_path, capsys):
-    describe.describe(write_raw(tmp_path, bos=0, dtype='uint16'), None)
+    describe.describe(write_raw(tmp_path, bos=0, dtype='uint16'))
     assert 'different test blocks of 128 tokens' in capsys.readouterr().out
-
-
-def test_a_data_set_is_compared_with_a_configuration(tmp_path, capsys):
-    write_raw(tmp_path, os.urandom(3_000_000), os.urandom(2_100_000))
-    describe.describe(tmp_path, 'cifar5m')
-    assert 'cifar5m: fits (V=256, L=1024' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='256 ids, but chess has model.V=64; set model.V=256'):
-        describe.describe(tmp_path, 'chess')
-    with pytest.raises(FileNotFoundError, match=r'no such configuration; did you mean cifar5m\?'):
-        describe.describe(tmp_path, 'cifar5')
-    with pytest.raises(FileNotFoundError, match='no such configuration$'):
-        describe.describe(tmp_path, 'absent')
 
 
 def test_a_changed_file_has_another_fingerprint(tmp_path):

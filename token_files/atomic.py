@@ -4,12 +4,6 @@ import os
 from pathlib import Path
 
 
-def flush_to_disk(file) -> None:
-    """Return once everything written to an open file is on the disk itself, so that a power cut cannot lose it."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def atomic_write(path: str | Path, content: bytes | str) -> None:
     """Write `content` (text as UTF-8) to `path` under a temporary name, then rename it.
 
@@ -19,5 +13,6 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
     temporary = path.with_name(path.name + '.part')
     with open(temporary, 'wb') as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        flush_to_disk(file)
+        file.flush()
+        os.fsync(file.fileno())  # the content reaches the disk before the new name does, so that a power cut cannot lose it
     os.replace(temporary, path)

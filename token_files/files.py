@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from token_files.meta import read_meta
+from token_files.meta import Meta, read_meta
 
-HEADER_INTS = 256  # int32 words before the tokens of a shard
+HEADER_BYTES = 1024  # 256 int32 before the tokens of a shard: magic number, version, number of tokens, then zeros
 MAGIC, VERSION = 20240520, 1
 BLOCK_TOKENS = 1 << 22  # read at a time where a whole file is walked: 4 or 8 MB, which fits in a CPU cache
 FINGERPRINT_BYTES, FINGERPRINT_BLOCKS = 1 << 16, 64
@@ -28,11 +28,13 @@ FINGERPRINT_BYTES, FINGERPRINT_BLOCKS = 1 << 16, 64
 class Tokens(NamedTuple):
     """One split of a data set, read as one endless stream of token ids, however many files hold it."""
 
-    files: tuple[Path, ...]
-    parts: tuple[np.memmap, ...]  # the tokens of each file, without its header
-    dtype: np.dtype
-    vocab_size: int | None  # None where the data set does not say
-    pad_id: int | None  # targets with this id carry no loss; None: every target counts
+    files: list[Path]
+    parts: list[np.memmap]  # the tokens of each file, without its header
+    meta: Meta
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
 
     @property
     def size(self) -> int:
@@ -42,14 +44,13 @@ class Tokens(NamedTuple):
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [count] from position `start`; after its end the stream starts again. A view of the file where one file has them."""
         pieces, start = [], start % self.size
-        while True:
+        while count > 0:
             for part in self.parts:
-                if start < len(part):
-                    pieces.append(part[start : start + count])
-                    count -= len(pieces[-1])
-                    if count <= 0:
-                        return np.asarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
+                pieces.append(part[start : start + count])  # empty where the part ends before `start`
+                count -= len(pieces[-1])
                 start = max(0, start - len(part))
+        pieces = [piece for piece in pieces if len(piece)]
+        return np.asarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -57,32 +58,28 @@ def split_files(folder: Path, split: str) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder}: no such folder; ds_path must name one with train.bin and test.bin')
     names = ['train'] if split == 'train' else ['test', 'val']
-    for name in names:
-        if (folder / f'{name}.bin').exists():
-            return [folder / f'{name}.bin']
-    for name in names:
-        if shards := sorted(folder.glob(f'*_{name}_*.bin')):
-            return shards
-    wanted = ' or '.join([f'{name}.bin' for name in names] + [f'*_{name}_*.bin' for name in names])
+    patterns = [f'{name}.bin' for name in names] + [f'*_{name}_*.bin' for name in names]
+    for pattern in patterns:
+        if found := sorted(folder.glob(pattern)):
+            return found
     unfinished = any(folder.glob('*.part')) or (folder / '.preparing').exists()
     hint = '; an unfinished download or preparation is there: run the same command again' if unfinished else ''
-    raise FileNotFoundError(f'{folder}: no {split} data; wanted {wanted}{hint}')
+    raise FileNotFoundError(f'{folder}: no {split} data; wanted {" or ".join(patterns)}{hint}')
 
 
-def map_file(path: Path, dtype: str, is_shard: bool) -> np.memmap:
-    """The tokens of one file. `dtype` is for a file without a header; `is_shard` requires a header. Raises ValueError."""
+def map_file(path: Path, dtype: str) -> np.memmap:
+    """The tokens of one file. `dtype` is for a file without a header. Raises ValueError."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f'{path}: is empty; delete it, then prepare or download it again')
-    header = np.fromfile(path, '<i4', min(HEADER_INTS, size // 4))
-    if len(header) and header[0] == MAGIC:
-        if len(header) < HEADER_INTS or header[1] != VERSION:
-            raise ValueError(f'{path}: a shard header of version {header[1:2]}, {len(header)} words; wanted version {VERSION}')
-        held, promised = (size - 4 * HEADER_INTS) / 2, int(header[2])
-        if promised <= 0 or held != promised:
-            raise ValueError(f'{path}: its header promises {promised} uint16 tokens, it holds {held:g}; download it again')
-        return np.memmap(path, '<u2', 'r', offset=4 * HEADER_INTS, shape=promised)
-    if is_shard:
+    header = np.fromfile(path, '<i4', min(3, size // 4))
+    if len(header) == 3 and header[0] == MAGIC:
+        held = (size - HEADER_BYTES) / 2
+        if header[1] != VERSION or not header[2] == held > 0:
+            raise ValueError(f'{path}: its header says version {header[1]} and {header[2]} uint16 tokens; wanted version {VERSION} '
+                             f'and {held:g} tokens, by the size of the file; download it again')
+        return np.memmap(path, '<u2', 'r', offset=HEADER_BYTES)
+    if path.stem not in ('train', 'test', 'val'):
         raise ValueError(f'{path}: begins with {header[:1]}, not with the magic number {MAGIC} of a shard; a file without a '
                          'header must be named train.bin or test.bin')
     if dtype == 'uint16' and size % 2:
@@ -91,28 +88,22 @@ def map_file(path: Path, dtype: str, is_shard: bool) -> np.memmap:
     return np.memmap(path, '<u2' if dtype == 'uint16' else 'u1', 'r')
 
 
-def open_tokens(path: str | Path, split: str = 'train') -> Tokens:
-    """One split ('train' or 'test') of the data set in folder `path`, or the single file `path`. Reads headers and sizes only.
+def open_tokens(folder: str | Path, split: str = 'train') -> Tokens:
+    """One split ('train' or 'test') of a data set. Reads headers and sizes only.
 
     Raises FileNotFoundError or ValueError with one line: the file, what it holds, what was wanted.
     """
-    path = Path(path)
-    files = [path] if path.is_file() else split_files(path, split)
-    folder = files[0].parent
-    meta = read_meta(folder)
-    is_shard = files[0].stem not in ('train', 'test', 'val') and not path.is_file()
-    parts = [map_file(file, meta.get('dtype', 'uint8'), is_shard) for file in files]
-    dtype = parts[0].dtype
-    if any(part.dtype != dtype for part in parts):
-        raise ValueError(f'{folder}: one split has shards with and without a header; keep one kind')
-    for file, part in zip(files, parts, strict=True):
-        promised = meta.get('tokens', {}).get(file.name, len(part))
+    folder = Path(folder)
+    files, meta = split_files(folder, split), read_meta(folder)
+    tokens = Tokens(files, [map_file(file, meta.dtype) for file in files], meta)
+    for file, part in zip(files, tokens.parts, strict=True):
+        promised = meta.tokens.get(file.name, len(part))
         if promised != len(part):
             raise ValueError(f'{file}: {len(part)} tokens, meta.json promises {promised}; prepare or download it again')
-    for key in ('pad_id', 'bos'):
-        if (meta.get(key) or 0) > np.iinfo(dtype).max:
-            raise ValueError(f'{folder}/meta.json: {key}={meta[key]}, but no {dtype} token can be that; correct one of them')
-    return Tokens(tuple(files), tuple(parts), dtype, meta.get('vocab_size'), meta.get('pad_id'))
+    for key, value in (('pad_id', meta.pad_id), ('bos', meta.bos)):
+        if value is not None and value > np.iinfo(tokens.dtype).max:
+            raise ValueError(f'{folder}/meta.json: {key}={value}, but no {tokens.dtype} token can be that; correct one of them')
+    return tokens
 
 
 def read_blocks(tokens: Tokens, progress: str | None = None):
