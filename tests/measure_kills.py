@@ -1,9 +1,9 @@
-"""Trainings killed at random moments and started again: the same parameters and history, bit for bit, as one that was left alone?
+"""Kills trainings at random moments, resumes them, and compares states and histories, bit for bit, with an uninterrupted run.
 
     python tests/measure_kills.py DIR            # everything, some ten minutes; or some of: mlp transformer seeds
     python tests/measure_kills.py DIR mlp --kills 25 --signal SIGTERM
 
-A session is a forked process, so that JAX is imported once; this process itself never starts JAX's runtime.
+A session is a forked process, so that JAX is imported once. This process itself never starts JAX's runtime.
 """
 import argparse
 import multiprocessing
@@ -20,19 +20,14 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import config  # noqa: E402
-
 import train  # noqa: E402
-from trainer import (  # noqa: E402
-    distributed,
-    process,  # noqa: E402
-)
+from trainer import config, distributed, process  # noqa: E402
 
-SECONDS = 0.8  # of training, at most, that a session is left before it is ended
-INTERVAL = 0.2  # seconds between checkpoints
-STRETCH = 0.05  # seconds between meetings with the device
+SESSION_SECONDS = 0.8  # of training, at most, before a session is ended
+CHECKPOINT_SECONDS = 0.2  # between checkpoints
+DISPATCH_SECONDS = 0.05
 
-COMMON = [f'checkpoint_minutes={INTERVAL / 60}', 'wandb_mode=disabled', 'num_evals=100']
+COMMON = [f'checkpoint_minutes={CHECKPOINT_SECONDS / 60}', 'wandb_mode=disabled', 'num_evals=100']
 MLP = ['mlp', *COMMON, 'model.D=64', 'opt.B=256', 'opt.lr=0.01', 'T_eval=1024']
 TRANSFORMER = ['chess', *COMMON, 'ds_path={tokens}', 'shuffle=true', 'model.D=32', 'model.dh=16', 'model.N=1', 'model.L=16',
                'opt.B=16', 'opt.lr=0.01', 'opt.warmup_tokens=0', 'T_eval=1024']
@@ -43,16 +38,19 @@ fork = multiprocessing.get_context('fork')
 
 
 def resolve(name, *overrides):
-    with hydra.initialize_config_dir(str(Path(config.__file__).parent / 'configs'), version_base=None):
+    with hydra.initialize_config_dir(str(config.CONFIGS), version_base=None):
         return config.resolve(hydra.compose(name, list(overrides)))
 
 
 def session(overrides, stop_at, begun, done):
-    """Trains from where the folder stands; a SIGTERM comes when `stop_at` steps are done. begun, done: steps, for the parent."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    train.DISPATCH_SECONDS = STRETCH
+    """Resumes the run and raises SIGTERM when `stop_at` steps are done.
 
-    def on_steps(steps, shown):
+    begun and done are shared with the parent: the steps at the start of the session, and now. -1: the session is still starting.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    train.DISPATCH_SECONDS = DISPATCH_SECONDS
+
+    def on_steps(steps, metrics):
         if begun.value < 0:
             begun.value = steps
             done.value = steps
@@ -65,25 +63,27 @@ def session(overrides, stop_at, begun, done):
     process.enable_compilation_cache()
     try:
         train.train(resolve(*overrides), on_steps)
-    except train.Interrupted:
+    except process.Interrupted:
         os._exit(3)
     os._exit(0)
 
 
 def start(overrides, stop_at=-1):
-    begun, done = fork.Value('l', -1), fork.Value('l', -1)  # -1: not there yet
+    begun, done = fork.Value('l', -1), fork.Value('l', -1)
     child = fork.Process(target=session, args=(overrides, stop_at, begun, done))
     child.start()
     return child, begun, done
 
 
 def end_at_random(overrides, number, kills, steps, rng):
-    """[(steps that a session reached, steps that the next went on from)], once `kills` sessions were ended with the signal `number`
-    while they trained. The last one stops after the last update, before the last evaluation, with a checkpoint."""
+    """[(step that a session reached, step that the next one resumed from)] of `kills` sessions, each ended by the signal `number`.
+
+    One more session stops after the last update and before the last evaluation, with a checkpoint.
+    """
     ends, reached = [], None
     while True:
         child, begun, done = start(overrides, steps)
-        while done.value <= begun.value and child.is_alive():  # it starts, restores and compiles
+        while done.value <= begun.value and child.is_alive():  # it imports, restores and compiles
             time.sleep(0.001)
         if reached is not None:
             ends.append((reached, begun.value))
@@ -91,7 +91,7 @@ def end_at_random(overrides, number, kills, steps, rng):
             child.join()
             assert child.exitcode == 3, child.exitcode
             return ends
-        child.join(rng.uniform(0, SECONDS))
+        child.join(rng.uniform(0, SESSION_SECONDS))
         assert child.is_alive(), f'the run ended after {len(ends)} of {kills} kills; raise --steps'
         reached = done.value
         os.kill(child.pid, number)
@@ -100,8 +100,8 @@ def end_at_random(overrides, number, kills, steps, rng):
 
 
 def compare(kinds, steps):
-    """Ends this process with 0 if the states at the last update are the same in both folders, bit for bit."""
-    distributed.use_every_core()  # Orbax restores onto what it saved from
+    """Ends this process with exit code 0 if the states after the last update are equal in both runs, bit for bit."""
+    distributed.use_every_core()  # Orbax restores onto the devices that it saved from
     found = []
     for overrides in kinds:
         run = resolve(*overrides)
@@ -136,7 +136,7 @@ def measure(name, folder, kills, number, steps, seed):
     child.join()
     assert child.exitcode == 0, child.exitcode
     straight = time.monotonic() - begin
-    child, *_ = start(overrides['stopped'], steps)  # only to have a checkpoint of the last update
+    child, *_ = start(overrides['stopped'], steps)  # for a checkpoint of the last update
     child.join()
     assert child.exitcode == 3, child.exitcode
     ends = end_at_random(overrides['killed'], number, kills, steps, random.Random(seed))
@@ -150,11 +150,11 @@ def measure(name, folder, kills, number, steps, seed):
         assert child.exitcode == 0, child.exitcode
     histories = [{path.relative_to(one): path.read_bytes() for path in one.rglob('history.jsonl')} for one in out.values()]
     assert histories[0] and histories[0] == histories[1] == histories[2], f'{name}: the histories differ'
-    redone = [reached - begun for reached, begun in ends]
-    print(f'{name}: {kills} × {signal.Signals(number).name} over {steps} steps ({straight:.0f} s left alone): states and histories '
-          f'are the same, bit for bit; steps redone after one:'
-          f' {max(redone)} at most, {sum(redone) / kills:.0f} on average', flush=True)
-    return max(redone)
+    repeated = [reached - begun for reached, begun in ends]
+    print(f'{name}: {kills} × {signal.Signals(number).name} in {steps} steps ({straight:.0f} s without interruption): states and '
+          'histories are equal, bit for bit; steps repeated after a signal: '
+          f'{max(repeated)} at most, {sum(repeated) / kills:.0f} on average', flush=True)
+    return max(repeated)
 
 
 def main():
@@ -167,8 +167,8 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     for name in args.what:
-        redone = measure(name, args.dir.absolute(), args.kills, signal.Signals[args.signal], args.steps, args.seed)
-        assert redone == 0 or args.signal != 'SIGTERM', f'{name}: SIGTERM cost {redone} steps'
+        repeated = measure(name, args.dir.absolute(), args.kills, signal.Signals[args.signal], args.steps, args.seed)
+        assert repeated == 0 or args.signal != 'SIGTERM', f'{name}: {repeated} steps were repeated after SIGTERM'
 
 
 if __name__ == '__main__':
