@@ -124,39 +124,29 @@ def expand(name, axes, data_needed=True):
 
 
 class SweepBar(tqdm):
-    """A progress bar of FLOPs, evaluations included. Its time left leaves out the start-up and compilation of every run.
-
-    The time left is shown after RATE_SECONDS, since the first steps of a run are slow and most of its evaluations come early.
-    """
-    RATE_SECONDS = 5
+    """A progress bar of FLOPs, evaluations included. Its rate leaves out the start-up and the compilation of every run."""
 
     def __init__(self, points, **options):
-        self.point, self.calls = None, 0
-        self.flops = self.seconds = self.last_call = 0.0  # of the calls that count for the rate
-        super().__init__(total=sum(point.flops for point in points), unit='FLOP', unit_scale=True, **options)
+        super().__init__(total=sum(point.flops for point in points), unit='FLOP', unit_scale=True, smoothing=0, **options)
 
     def start(self, point):
         """Begins a new run."""
-        self.point, self.calls = point, 0
+        self.point, self.calls, self.last_call = point, 0, time.time()
         self.set_description(point.label)
 
     def on_steps(self, steps, metrics):
-        """Counts steps and evaluations, for train.train.
-
-        The first call of a run brings the steps of earlier sessions. The second comes after compilation and one step or evaluation.
-        """
-        now = time.monotonic()
-        evaluations = int('test_loss' in metrics) if self.calls else bisect.bisect_left(self.point.run.derived.eval_points, steps)
+        """Counts steps and evaluations, for train.train. The first call brings the steps of earlier sessions."""
+        if self.disable:
+            return
+        earlier = bisect.bisect_left(self.point.run.derived.eval_points, steps)
+        evaluations = int('test_loss' in metrics) if self.calls else earlier
         flops = self.point.flops_per_batch * (steps + evaluations * self.point.run.derived.num_test_batches)
-        if self.calls >= 2:
-            self.flops, self.seconds = self.flops + flops, self.seconds + now - self.last_call
-        self.calls, self.last_call = self.calls + 1, now
+        if self.calls < 2:  # the second call comes after compilation and one step or evaluation
+            self.initial += flops
+            self.start_t += time.time() - self.last_call
+        self.calls, self.last_call = self.calls + 1, time.time()
         self.set_postfix({name: f'{value:.4f}' for name, value in metrics.items()}, refresh=False)
         self.update(flops)
-
-    @property
-    def format_dict(self):
-        return super().format_dict | {'rate': self.flops / self.seconds if self.seconds >= self.RATE_SECONDS else 0.0}
 
 
 def train_points(points):
