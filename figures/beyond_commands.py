@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from analysis import schedules
 from analysis import table as logs
 from analysis.beyond import forecast as forecasting
-from analysis.beyond import ladder_field, monitor, schedule_curves
+from analysis.beyond import monitor, schedule_curves
 from analysis.beyond import schedule_laws as laws
 from analysis.table import LogError
 from figures import commands
@@ -42,12 +43,12 @@ def forecast(argv):
         given = [name for name in ('max_width', 'horizon', 'rate', 'schedule', 'out') if getattr(args, name) is not None]
         if given:
             raise LogError(f'--target each forecasts every model from the smaller ones; leave out --{given[0].replace("_", "-")}')
-    # --max-width limits the ladder and not the log, as the target is wider.
-    table, notes, copies = logs.clean(logs.between_widths(_filtered(args.log, args.where), args.min_width))
+    max_width, args.max_width = args.max_width, None  # it limits the ladder and not the log, as the target is wider
+    table, notes, copies = commands.read(args)
     if each:
         rows = forecasting.leave_out(table, (args.seen,), min_models=3 if table['num_params'].nunique() < 6 else 5)
         return commands.report(args, {'splits': rows}, _split_lines(rows), notes)
-    result, more = forecasting.analyse(table, args.target, args.max_width, args.seen, args.horizon, args.rate, args.schedule,
+    result, more = forecasting.analyse(table, args.target, max_width, args.seen, args.horizon, args.rate, args.schedule,
                                        logs.clean(logs.load(args.pairs))[0] if args.pairs else None)
     if args.out:
         from figures import beyond_panels
@@ -55,45 +56,41 @@ def forecast(argv):
     commands.report(args, result | {'duplicates_dropped': copies}, _forecast_lines(result), notes + more)
 
 
-def _filtered(path, conditions):
-    """The table of a log, only the runs that meet every COLUMN=VALUE."""
-    table = logs.load(path)
-    for condition in conditions:
-        table = logs.where(table, condition)
-    return table
-
-
 def _forecast_lines(result):
     """A forecast as text."""
+    names = ['mean', 'lo50', 'hi50', 'lo90', 'hi90']
+    at = [int(np.argmin(np.abs(result['x'] - x))) for x in SHOWN_X]
+    curve = pd.DataFrame({name: result[name][at] for name in ['x', *names]}).rename(columns={'mean': 'median'})
+    final = pd.DataFrame(result['budgets'])[['times', *names, 'p']].rename(columns={'mean': 'median'})
     hours = f', {result["hours"]:.3g} hours' if result['hours'] else ''
     out = [f'{len(result["ladder"])} models up to p = {result["ladder"][-1]:.6g} forecast p = {result["num_params"]:.6g}: '
            f'{result["compute"]:.4g} FLOPs ({result["times_compute"]:.3g} times the largest), {result["tokens"]:.4g} tokens{hours}',
            f'L0 {result["L0"]:.4g}{commands.bracket(result["L0_90"])}; the bands are for the mean of {result["seeds"]} run(s)',
-           f'{"x":>5} {"loss":>9}   50%                   90%']
-    for i in (int(np.argmin(np.abs(result['x'] - x))) for x in SHOWN_X):
-        lo50, hi50, lo90, hi90 = (result[name][i] for name in ('lo50', 'hi50', 'lo90', 'hi90'))
-        out.append(f'{result["x"][i]:5.2f} {result["mean"][i]:9.5f}   [{lo50:.5f}, {hi50:.5f}]   [{lo90:.5f}, {hi90:.5f}]')
-    out.append('final loss of a compute-optimal model at multiples of the ladder\'s largest compute, with the 90% band:')
-    out += [f'{row["times"]:5g} × {row["mean"]:9.5f}   [{row["lo90"]:.5f}, {row["hi90"]:.5f}]   p = {row["p"]:.6g}'
-            for row in result['budgets']]
-    if result['error']:
-        error = result['error']
-        out.append(f'error relative to L - L0 for x >= {forecasting.ERRORS_FROM_X} (L0 = {error["L0"]:.4g}, from the whole log):')
-        out.append(f'  {"":16}  median   worst    final')
-        for name, row in {'forecast': error, **error['baselines']}.items():
-            out.append(f'  {name:16} {row["reducible_median"]:7.2%} {row["reducible_worst"]:7.2%} {row["final"]:8.2%}')
-        out.append(f'the 90% band holds {error["covered90"]:.0%} of the curve')
+           'loss at x = C/C*, with its 50% and 90% intervals:', _text(curve, x='.2f'),
+           'final loss of a compute-optimal model at multiples of the ladder\'s largest compute:', _text(final, p='.6g')]
+    if error := result['error']:
+        rows = {'forecast': error, **error['baselines']}
+        table = pd.DataFrame([{'': name, 'median': row['reducible_median'], 'worst': row['reducible_worst'], 'final': row['final']}
+                              for name, row in rows.items()])
+        out += [f'error relative to L - L0 for x >= {forecasting.ERRORS_FROM_X} (L0 = {error["L0"]:.4g}, from the whole log):',
+                _text(table, '.2%'), f'the 90% band holds {error["covered90"]:.0%} of the curve']
     return out
 
 
 def _split_lines(rows):
     """The errors of every split as text."""
-    keys = ('reducible_median', 'reducible_worst', 'final', 'baseline_final', 'covered90')
-    shape = ' {:7.2%} {:7.2%} {:7.2%} {:9.2%}  {:.0%}'
-    out = ['models  p of target  compute   median   worst   final power law  in the 90% band']
-    for row in rows:
-        out.append(f'{row["models"]:6} {row["p"]:12.6g} × {row["times_compute"]:6.3g}' + shape.format(*(row[k] for k in keys)))
-    return [*out, f'{"mean":28}' + shape.format(*(np.mean([row[k] for row in rows]) for k in keys))]
+    names = {'models': 'models', 'p': 'p of target', 'times_compute': 'compute', 'reducible_median': 'median',
+             'reducible_worst': 'worst', 'final': 'final', 'baseline_final': 'power law', 'covered90': 'in the 90% band'}
+    table = pd.DataFrame(rows)[[*names]].rename(columns=names)
+    formats = {'p of target': '.6g', 'compute': '.3g', 'in the 90% band': '.0%'}
+    errors = {name: f'{value:{formats.get(name, ".2%")}}' for name, value in table.iloc[:, 3:].mean().items()}
+    return [_text(table, '.2%', **formats), 'mean: ' + ', '.join(f'{name} {value}' for name, value in errors.items())]
+
+
+def _text(table, default='.5f', **formats):
+    """A data frame as text: each column of numbers by its format, or by the default."""
+    return table.to_string(index=False, float_format=f'{{:{default}}}'.format,
+                           formatters={name: f'{{:{form}}}'.format for name, form in formats.items()})
 
 
 # ---- watch ---------------------------------------------------------------------------------------------------------
@@ -106,11 +103,11 @@ def watch(argv):
     parse.add_argument('--horizon', type=float, metavar='TOKENS', help='where the run will end, if its configuration does not say')
     parse.add_argument('--every', type=float, metavar='SECONDS', help='repeat after so many seconds until the run has ended')
     args = parse.parse_args(argv)
-    ladder = logs.between_widths(_filtered(args.against, args.where), args.min_width, args.max_width)
-    ladder, notes, _ = logs.clean(ladder)
-    level = monitor.alarm_level(ladder, ladder_field.read_ladder(ladder))
+    source, args.log = args.log, args.against  # --where and the widths choose the ladder
+    ladder, notes, _ = commands.read(args)
+    level = monitor.alarm_level(ladder)
     while True:
-        table = _load_run(args.log)
+        table = _load_run(source)
         result = monitor.analyse(table, ladder, args.horizon, level)
         if args.out and len(result['x']):
             from figures import beyond_panels
@@ -143,10 +140,9 @@ def _watch_lines(result):
     """The state of a run as text: some residuals, the verdict, the forecast of its end."""
     if not len(result['x']):
         return [f'x = {result["now"]:.3f}: nothing to compare yet; the ladder begins at x = {result["expected"].x[0]:g}']
-    out = [f'{"x":>5} {"residual":>9}   90% band             p-value']
-    for i in np.unique(np.linspace(0, len(result['x']) - 1, 8).astype(int)):
-        x, residual, low, high, p_value = (result[name][i] for name in ('x', 'residual', 'lo90', 'hi90', 'p_value'))
-        out.append(f'{x:5.2f} {residual:+9.2%}   [{low:+7.2%}, {high:+7.2%}]   {p_value:.1e}')
+    at = np.unique(np.linspace(0, len(result['x']) - 1, 8).astype(int))
+    table = pd.DataFrame({name: result[name][at] for name in ('x', 'residual', 'lo90', 'hi90', 'p_value')})
+    out = [_text(table, '+.2%', x='.2f', p_value='.1e')]
     off = np.isfinite(result['alarm'])
     out.append(f'ALARM: off its ladder from x = {result["alarm"]:.3g} (p-value below {result["level"]:.2g})' if off else 'on track')
     out.append(f'x = {result["now"]:.3f}: loss {result["loss"]:.5g}, forecast of the final loss {result["forecast"]:.5g} '
@@ -188,9 +184,6 @@ def _law_lines(fitted, fits, rows, means):
     """Fitted parameters and the errors on unseen curves as text."""
     out = [f'{one.law.name}: ' + ', '.join(f'{name} {value:.4g}' for name, value in zip(one.law.names, one.values, strict=True))
            for one in fits]
-    out.append(f'fitted on {", ".join(fitted)}; errors on the unseen curves, in units of the loss:')
-    out.append(f'{"curve":22} {"law":30} {"R²":>8} {"MAE":>9} {"RMSE":>9} {"worst rel.":>10}')
-    by_curve = sorted(rows, key=lambda row: row['curve'])
-    out += ['{curve:22} {law:30} {r2:8.4f} {mae:9.5f} {rmse:9.5f} {worst:10.5f}'.format(**row)
-            for row in by_curve + means.assign(curve='MEAN').reset_index().to_dict('records')]
-    return out
+    table = pd.concat([pd.DataFrame(rows).sort_values('curve', kind='stable'), means.reset_index().assign(curve='MEAN')])
+    table = table.rename(columns={'r2': 'R²', 'mae': 'MAE', 'rmse': 'RMSE', 'worst': 'worst relative'})
+    return [*out, f'fitted on {", ".join(fitted)}; errors on the unseen curves, in units of the loss:', _text(table)]

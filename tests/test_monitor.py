@@ -53,8 +53,8 @@ def test_healthy_runs_are_left_alone():
         ladder = ladder_field.read_ladder(table)
         expected = monitor.expect(ladder_field.select(ladder, slice(5)), ladder.p[-1])
         for loss in ladder.losses[-1]:
-            found['healthy'].append(monitor.first_alarm(monitor.read(expected, expected.x, loss)))
-            found['half worse'].append(monitor.first_alarm(monitor.read(expected, expected.x, loss + 0.5 * expected.reducible)))
+            found['healthy'].append(watch_faults.first_alarm(monitor.read(expected, expected.x, loss)))
+            found['half worse'].append(watch_faults.first_alarm(monitor.read(expected, expected.x, loss + 0.5 * expected.reducible)))
     assert np.isfinite(found['healthy']).mean() < 0.1
     assert np.isfinite(found['half worse']).mean() > 0.8
 
@@ -95,7 +95,7 @@ def test_p_values_are_as_rare_as_they_say():
     factor, p_values = np.linalg.cholesky(covariance), []
     for _ in range(2000):
         estimate = covariance * rng.chisquare(6) / 6
-        expected = monitor.Expected(x, ones, ones, ones, ones, estimate, 1.0, freedom=6)
+        expected = monitor.Expected(x, ones, ones, ones, ones, estimate, freedom=6)
         p_values.append(monitor.read(expected, x, 1 + factor @ rng.normal(size=len(x))).p_value[[2, -1]])
     for share in (np.array(p_values) < 0.01).mean(0):
         assert 0.003 <= share <= 0.015, share
@@ -109,15 +109,15 @@ def test_alarm_level_keeps_the_false_alarm_rate(monkeypatch):
     rng, two = np.random.default_rng(0), np.array([0.5, 1.0])
 
     def readings(power):
-        return lambda table, ladder: [monitor.Reading(two, two, np.full(2, rng.random() ** power), np.nan) for _ in table['run']]
+        return lambda table, ladder_table: [monitor.Reading(two, two, np.full(2, rng.random() ** power), *[np.nan] * 4) for _ in table['run']]
 
     table = pd.DataFrame({'run': np.arange(39)})
     monkeypatch.setattr(monitor, 'read_finished', readings(3))
-    alarmed = [rng.random() ** 3 < monitor.alarm_level(table, None) for _ in range(2000)]
+    alarmed = [rng.random() ** 3 < monitor.alarm_level(table) for _ in range(2000)]
     assert np.mean(alarmed) == pytest.approx(monitor.FALSE_ALARM_RATE, abs=0.015)
-    assert monitor.alarm_level(table[:10], None) == monitor.DEFAULT_ALARM_LEVEL   # ten runs cannot say
+    assert monitor.alarm_level(table[:10]) == monitor.DEFAULT_ALARM_LEVEL   # ten runs cannot say
     monkeypatch.setattr(monitor, 'read_finished', readings(0.2))
-    assert monitor.alarm_level(table, None) == monitor.FALSE_ALARM_RATE
+    assert monitor.alarm_level(table) == monitor.FALSE_ALARM_RATE
 
 
 def test_a_run_of_the_ladder_is_compared_with_the_others():
@@ -125,21 +125,21 @@ def test_a_run_of_the_ladder_is_compared_with_the_others():
     table = power_law_table(np.random.default_rng(0), models=4, seeds=3, offset=1e-3, jitter=3e-4, evals=40)
     bad = table['run'] == 'D128-s0'
     table.loc[bad, 'test_loss'] += 0.2 * (table.loc[bad, 'test_loss'] - 0.1)
-    found = [monitor.first_alarm(one) for one in monitor.read_finished(table, ladder_field.read_ladder(table))]
+    found = [watch_faults.first_alarm(one) for one in monitor.read_finished(table, table)]
     assert [run for run, x in zip(table['run'].unique(), found, strict=True) if np.isfinite(x)] == ['D128-s0']
 
 
 def test_a_ladder_of_three_runs_has_the_default_alarm_level():
     """Without any one of them two models are left, which is too few for a forecast."""
     three = power_law_table(np.random.default_rng(0), models=3, seeds=1, evals=40)
-    assert monitor.read_finished(three, ladder_field.read_ladder(three)) == []
-    assert monitor.alarm_level(three, ladder_field.read_ladder(three)) == monitor.DEFAULT_ALARM_LEVEL
+    assert monitor.read_finished(three, three) == []
+    assert monitor.alarm_level(three) == monitor.DEFAULT_ALARM_LEVEL
 
 
 def test_detection_rates_of_the_shipped_faults():
     """As docs/forecasts.md says: a wrong horizon is found early, a wrong learning rate is not, healthy runs are left alone."""
     table = logs.clean(logs.load(watch_faults.LADDER))[0]
-    rates = {row['fault']: row for row in monitor.detection_rates(table, watch_faults.faulty_runs())}
+    rates = {row['fault']: row for row in watch_faults.detection_rates(table, watch_faults.faulty_runs())}
     counts = {fault: round(row['by 0.3'] * row['runs']) for fault, row in rates.items()}
     assert counts == {'none (healthy)': 0, 'learning rate × 2': 1, 'learning rate ÷ 2': 0, 'horizon × 1.5': 5, 'no µP': 2}
     assert rates['none (healthy)']['by the end'] <= monitor.FALSE_ALARM_RATE

@@ -12,10 +12,11 @@ included, so that a forecast is not judged by its own L0.
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from analysis import scaling_law, schedules
 from analysis.beyond import ladder_field
-from analysis.table import LogError, require, runs
+from analysis.table import LogError, between_widths, require, runs
 
 ERRORS_FROM_X = 0.1                        # errors are taken over this x to 1
 BUDGET_MULTIPLES = (1, 2, 5, 10, 30, 100)  # of the largest compute of the ladder
@@ -29,7 +30,7 @@ class Target(NamedTuple):
     compute: float        # FLOPs, C*
     seeds: int            # the bands are for the mean of so many runs: those in the log, else one
     truth: np.ndarray     # [G] mean over seeds at Ladder.grid, None if the target is not in the log
-    observed: np.ndarray  # [K] the same at the knots, NaN after the part that the forecast may use; None if it may use none
+    observed: np.ndarray  # [K] the same at the knots, NaN where the forecast may not use it
 
 
 # ---- targets -------------------------------------------------------------------------------------------------------
@@ -47,18 +48,12 @@ def params_of(table, wanted):
     if key == 'p':
         return value
     require(table, ['D', 'num_params'], 'a target given by its width')
-    known = runs(table)[['D', 'num_params']].drop_duplicates().to_numpy()
-    if value in known[:, 0]:
-        return float(known[known[:, 0] == value, 1][0])
+    known = runs(table).drop_duplicates('D').set_index('D')['num_params']
+    if value in known:
+        return float(known[value])
     if len(known) < 3:
         raise LogError('--target D=… needs three widths in the log to derive the parameters from; give p=… instead')
-    return float(np.polyval(np.polyfit(*known.T, 2), value))
-
-
-def nearest_model(ladder, p):
-    """Parameters of the ladder's model within SAME_MODEL_TOLERANCE of p, or p itself if there is none."""
-    nearest = ladder.p[np.abs(np.log(ladder.p / p)).argmin()]
-    return float(nearest) if abs(nearest / p - 1) <= SAME_MODEL_TOLERANCE else p
+    return float(np.polyval(np.polyfit(known.index, known, 2), value))
 
 
 def optimal_compute(ladder, p):
@@ -79,42 +74,34 @@ def split(ladder, p, largest_p=np.inf, seen=0.0, tokens=None):
     If the log holds the target, its curve is the truth, and its part up to x = seen is observed. Else its horizon is `tokens`, or
     what the ladder gives. Raises LogError for fewer than three smaller models and for options that contradict the log.
     """
-    p = nearest_model(ladder, p)
+    nearest = np.abs(np.log(ladder.p / p)).argmin()
+    in_log = abs(ladder.p[nearest] / p - 1) <= SAME_MODEL_TOLERANCE
+    p = float(ladder.p[nearest]) if in_log else p
     smaller = (ladder.p < p * 0.999) & (ladder.p <= largest_p)
     if smaller.sum() < 3:
         raise LogError(f'{smaller.sum()} models are smaller than the target with {p:.6g} parameters; a forecast needs at least '
                        'three')
     small = ladder_field.select(ladder, smaller)
-    if p not in ladder.p:
-        if seen:
-            raise LogError(f'--seen {seen:g}: the log holds no run of a model with {p:.6g} parameters; it has '
-                           f'{", ".join(f"{one:.6g}" for one in ladder.p)}')
-        return small, Target(p, float(6 * p * tokens if tokens else optimal_compute(small, p)), 1, None, None)
-    if tokens:
-        raise LogError(f'--horizon: the log already holds a model with {p:.6g} parameters, and its horizon; leave --horizon out')
-    model = list(ladder.p).index(p)
-    losses = ladder.losses[model]
-    observed = np.where(ladder.x <= seen + 1e-9, losses.mean(0), np.nan) if seen else None
-    return small, Target(p, float(ladder.compute[model]), len(losses), ladder.mean[model], observed)
+    if in_log:
+        if tokens:
+            raise LogError(f'--horizon: the log already holds a model with {p:.6g} parameters, and its horizon; leave --horizon '
+                           'out')
+        losses = ladder.losses[nearest]
+        observed = np.where(ladder.x <= seen, losses.mean(0), np.nan)
+        return small, Target(p, float(ladder.compute[nearest]), len(losses), ladder.mean[nearest], observed)
+    if seen:
+        raise LogError(f'--seen {seen:g}: the log holds no run of a model with {p:.6g} parameters; it has '
+                       f'{", ".join(f"{one:.6g}" for one in ladder.p)}')
+    compute = 6 * p * tokens if tokens else optimal_compute(small, p)
+    return small, Target(p, float(compute), 1, None, np.full(len(ladder.x), np.nan))
 
 
 # ---- forecasts -----------------------------------------------------------------------------------------------------
 
 
-def posterior_curves(ladder, compute, observed=None, seeds=1, rng_seed=0, scales=None):
-    """ladder_field.Draws for T targets at compute [T] FLOPs.
-
-    observed [T, K]: see ladder_field.build_field. scales [S, 6]: from ladder_field.sample_scales, to save the time of sampling.
-    """
-    rng = np.random.default_rng(rng_seed)
-    field = ladder_field.build_field(ladder, np.asarray(compute, float), observed, seeds)
-    return ladder_field.draw_curves(field, rng, ladder_field.sample_scales(field, rng) if scales is None else scales)
-
-
-def forecast(ladder, target, rng_seed=0):
+def forecast(ladder, target):
     """ladder_field.Draws (T = 1) of the mean curve of target.seeds runs."""
-    observed = None if target.observed is None else target.observed[None]
-    return posterior_curves(ladder, [target.compute], observed, target.seeds, rng_seed)
+    return ladder_field.posterior_curves(ladder, [target.compute], target.observed[None], target.seeds)
 
 
 def bands(loss):
@@ -123,12 +110,12 @@ def bands(loss):
     return {'mean': median, 'lo50': lo50, 'hi50': hi50, 'lo90': lo90, 'hi90': hi90}
 
 
-def budgets(ladder, multiples=BUDGET_MULTIPLES):
+def budgets(ladder):
     """Final losses of compute-optimal models at multiples of the ladder's largest compute, a dict each."""
-    compute = ladder.compute[-1] * np.array(multiples, float)
-    final = bands(posterior_curves(ladder, compute).loss[:, :, -1])
-    return [{'times': multiple, 'compute': C, 'p': p, **{name: float(values[i]) for name, values in final.items()}}
-            for i, (multiple, C, p) in enumerate(zip(multiples, compute, optimal_params(ladder, compute), strict=True))]
+    compute = ladder.compute[-1] * np.array(BUDGET_MULTIPLES)
+    final = bands(ladder_field.posterior_curves(ladder, compute).loss[:, :, -1])
+    rows = {'times': BUDGET_MULTIPLES, 'compute': compute, 'p': optimal_params(ladder, compute), **final}
+    return pd.DataFrame(rows).to_dict('records')
 
 
 def change_schedule(table, target, draws, x, name, alpha, spread, horizon_ratio=1.0):
@@ -146,19 +133,22 @@ def change_schedule(table, target, draws, x, name, alpha, spread, horizon_ratio=
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
+def law_of_finals(ladder):
+    """The scaling law through the final losses of a ladder."""
+    return scaling_law.fit(ladder.compute, [L[:, -1].mean() for L in ladder.losses])
+
+
 def baselines(ladder, compute):
     """Two curves [G] that need no statistical model. Both start from the scaling law fitted to final losses.
 
     'power law': the mean normalised curve of the two largest models, scaled to end on the law. 'largest shifted': the curve of the
     largest model, its reducible loss scaled by what the law gains.
     """
-    finals = np.array([L[:, -1].mean() for L in ladder.losses])
-    law = scaling_law.fit(ladder.compute, finals)
+    law = law_of_finals(ladder)
     reducible = ladder.mean[-2:] - law.L0
-    end = scaling_law.predict(law, compute) - law.L0
+    end, largest_end = scaling_law.predict(law, [compute, ladder.compute[-1]]) - law.L0
     normalised = (reducible / reducible[:, -1:]).mean(0)
-    gain = end / (scaling_law.predict(law, ladder.compute[-1]) - law.L0)
-    return {'power law': law.L0 + end * normalised, 'largest shifted': law.L0 + gain * reducible[-1]}
+    return {'power law': law.L0 + end * normalised, 'largest shifted': law.L0 + end / largest_end * reducible[-1]}
 
 
 def relative_error(x, curve, truth, L0):
@@ -166,11 +156,6 @@ def relative_error(x, curve, truth, L0):
     counted = x >= ERRORS_FROM_X - 1e-9
     error = np.abs(curve - truth)[counted] / (truth - L0)[counted]
     return {'reducible_median': float(np.median(error)), 'reducible_worst': float(error.max()), 'final': float(error[-1])}
-
-
-def L0_of_whole_log(ladder):
-    """L0 of the scaling law through every model of the log: the one that all errors use."""
-    return scaling_law.fit(ladder.compute, [L[:, -1].mean() for L in ladder.losses]).L0
 
 
 def evaluate(x, band, curves, truth, L0, seen=0.0):
@@ -186,7 +171,7 @@ def evaluate(x, band, curves, truth, L0, seen=0.0):
 def leave_out(table, seen_values=(0.0,), min_models=4):
     """A dict for every split of a log: the n smallest models, n >= min_models, forecast each larger one."""
     ladder, rows = ladder_field.read_ladder(table, [x for x in seen_values if x]), []
-    L0 = L0_of_whole_log(ladder)
+    L0 = law_of_finals(ladder).L0
     for n in range(min_models, len(ladder.p)):
         for p in ladder.p[n:]:
             for seen in seen_values:
@@ -203,10 +188,9 @@ def leave_out(table, seen_values=(0.0,), min_models=4):
 def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, schedule=None, pairs=None):
     """(the forecast of one target as a dict, notes). The arguments are the options of the command: see its --help."""
     ladder = ladder_field.read_ladder(table, [seen] if seen else [])
-    asked = params_of(table, wanted)
-    p = nearest_model(ladder, asked)
-    small, target = split(ladder, p, _largest_p(table, max_width), seen, None if schedule else tokens)
-    draws, curves, notes = forecast(small, target), baselines(small, target.compute), []
+    asked, largest_p = params_of(table, wanted), between_widths(table, highest=max_width)['num_params'].max()
+    small, target = split(ladder, asked, largest_p, seen, None if schedule else tokens)
+    p, draws, curves, notes = target.p, forecast(small, target), baselines(small, target.compute), []
     if abs(p / asked - 1) > 1e-9:
         notes.append(f'the target with {asked:.6g} parameters is taken to be the model with {p:.10g} in the log')
     if schedule:
@@ -227,19 +211,8 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
               'baselines': {name: {'final': float(curve[-1]), 'curve': curve} for name, curve in curves.items()},
               'truth': target.truth, 'error': None}
     if target.truth is not None:
-        result['error'] = evaluate(small.grid, band, curves, target.truth, L0_of_whole_log(ladder), seen)
+        result['error'] = evaluate(small.grid, band, curves, target.truth, law_of_finals(ladder).L0, seen)
     return result, notes
-
-
-def _largest_p(table, max_width):
-    """Parameters of the largest model that is not wider than max_width."""
-    if max_width is None:
-        return np.inf
-    require(table, ['D'], '--max-width')
-    largest = table.loc[table['D'] <= max_width, 'num_params'].max()
-    if not largest > 0:
-        raise LogError(f'--max-width {max_width:g}: no model in the log is that narrow')
-    return largest
 
 
 def _warnings(ladder, target, schedule):

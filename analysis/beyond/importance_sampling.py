@@ -25,7 +25,8 @@ def sample(log_likelihood, dimensions, rng, size=500, max_rounds=30):
     proposals = [(np.zeros(dimensions), np.eye(dimensions))]
     for _ in range(max_rounds):
         mean, factor = proposals[-1]
-        new = _student_t(mean, factor, rng)
+        normal, chi2 = rng.normal(size=(DRAWS_PER_ROUND, dimensions)), rng.chisquare(DEGREES_OF_FREEDOM, (DRAWS_PER_ROUND, 1))
+        new = mean + (normal / np.sqrt(chi2 / DEGREES_OF_FREEDOM)) @ factor.T
         z = np.concatenate([z, new])
         log_target = np.concatenate([log_target, log_likelihood(new)])
         log_weight = log_target - (z ** 2).sum(1) / 2 - _log_mixture_density(z, proposals)
@@ -36,18 +37,13 @@ def sample(log_likelihood, dimensions, rng, size=500, max_rounds=30):
     if not effective_sample_size(weight) >= MIN_EFFECTIVE_SAMPLE_SIZE / 10:
         raise LogError(f'the posterior could not be sampled: {len(z)} draws have an effective sample size of '
                        f'{effective_sample_size(weight):.0f}; check the log for runs that do not belong to one ladder')
-    return z[_systematic_resampling(weight, size, rng)]
+    cumulative = np.cumsum(weight)  # systematic resampling
+    return z[np.searchsorted(cumulative / cumulative[-1], (np.arange(size) + rng.random()) / size)]
 
 
 def effective_sample_size(weight):
     """1/Σw² of weights that sum to one."""
     return 1 / (weight ** 2).sum()
-
-
-def _student_t(mean, factor, rng):
-    normal = rng.normal(size=(DRAWS_PER_ROUND, len(mean)))
-    scale = np.sqrt(rng.chisquare(DEGREES_OF_FREEDOM, (DRAWS_PER_ROUND, 1)) / DEGREES_OF_FREEDOM)
-    return mean + (normal / scale) @ factor.T
 
 
 def _log_mixture_density(z, proposals):
@@ -73,9 +69,3 @@ def _next_proposal(z, log_weight):
 def _normalised(log_weight, power=1.0):
     weight = np.exp(power * (log_weight - log_weight.max()))
     return weight / weight.sum()
-
-
-def _systematic_resampling(weight, size, rng):
-    """Indices [size] of draws, each chosen in proportion to its weight."""
-    cumulative = np.cumsum(weight)
-    return np.searchsorted(cumulative / cumulative[-1], (np.arange(size) + rng.random()) / size)

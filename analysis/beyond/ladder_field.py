@@ -160,19 +160,17 @@ def _covariances_along_curve(x):
 class Field(NamedTuple):
     """The Gaussian process at the knots of the M models of a ladder and, after them, of T targets.
 
-    N = (M + T)·K values, the knots varying fastest. The covariance is `fixed` plus the nine `parts`, weighted by the scales.
+    N = (M + T)·K values, the knots varying fastest. The covariance is the sum of the ten `parts`, weighted by `_unpack`.
     """
     ladder: Ladder
     loss: np.ndarray           # [M + T, K] mean over a model's seeds; NaN where not observed
     least_loss: float          # of all runs: L0 lies below it
     u: np.ndarray              # [M + T] log C*, about the ladder's mean
-    seeds: np.ndarray          # [M + T]
+    own_noise: np.ndarray      # [M + T] variance of a seed's own noise in the mean over seeds: 1/seeds, or 0 if all noise is shared
     noise_L0: np.ndarray       # [G] values of L0/least_loss at which the noise was fitted
     noise: np.ndarray          # [G, 4] the noise there, see fit_noise
-    fixed: np.ndarray          # [N, N] covariance of g and b
-    parts: np.ndarray          # [9, N, N] covariances of w, lasting d, transient d, a seed's own noise (3), shared noise (3)
+    parts: np.ndarray          # [10, N, N] of g and b, w, lasting d, transient d, a seed's own noise (3), shared noise (3)
     observed: np.ndarray       # [n] indices of the observed values
-    observed_parts: np.ndarray  # [10, n·n] `fixed` and `parts` between the observed values
 
 
 def build_field(ladder, compute, losses=None, seeds=1):
@@ -186,37 +184,36 @@ def build_field(ladder, compute, losses=None, seeds=1):
     least_loss = min(np.nanmin(loss), min(L.min() for L in ladder.losses))
     u = np.log(np.concatenate([ladder.compute, compute]))
     u -= u[:-T].mean()
-    seeds = np.array([len(L) for L in ladder.losses] + [seeds] * T, float)
 
     noise_L0 = np.linspace(0, 1, 15)[:-1]
     fitted = [fit_noise(ladder, share * least_loss, x) for share in noise_L0]
-    own_noise = np.zeros(len(u)) if fitted[0] is None else 1 / seeds  # with one seed a model, all noise counts as shared
-    noise = np.array([SINGLE_SEED_NOISE if one is None else one for one in fitted])
+    own_noise = 1 / np.array([len(L) for L in ladder.losses] + [seeds] * T)
+    if fitted[0] is None:  # with one seed a model, all noise counts as shared
+        fitted, own_noise = [SINGLE_SEED_NOISE] * len(noise_L0), 0 * own_noise
     same_size = np.isclose(u[:, None], u, rtol=0, atol=SAME_SIZE_TOLERANCE)
 
     w, lasting_across, transient_across = _covariances_across_models(u)
     lasting_along, transient_along = _covariances_along_curve(x)
     correlations = noise_correlations(x)
     constant, _, white = correlations
-    fixed = (np.kron(np.ones_like(w), CURVE_PRIOR_VARIANCE * white)
-             + EXPONENT_PRIOR[1] ** 2 * np.kron(np.outer(u, u), constant))
-    parts = np.stack([np.kron(w, constant), np.kron(lasting_across, lasting_along), np.kron(transient_across, transient_along),
+    g_and_b = (np.kron(np.ones_like(w), CURVE_PRIOR_VARIANCE * white)
+               + EXPONENT_PRIOR[1] ** 2 * np.kron(np.outer(u, u), constant))
+    parts = np.stack([g_and_b, np.kron(w, constant), np.kron(lasting_across, lasting_along),
+                      np.kron(transient_across, transient_along),
                       *(np.kron(np.diag(own_noise), one) for one in correlations),
                       *(np.kron(same_size, one) for one in correlations)])
-    observed = np.flatnonzero(np.isfinite(loss))
-    observed_parts = np.concatenate([fixed[None], parts])[:, observed][:, :, observed].reshape(10, -1)
-    return Field(ladder, loss, least_loss, u, seeds, noise_L0, noise, fixed, parts, observed, observed_parts)
+    return Field(ladder, loss, least_loss, u, own_noise, noise_L0, np.array(fitted), parts, np.flatnonzero(np.isfinite(loss)))
 
 
 # ---- likelihood and posterior ---------------------------------------------------------------------------------------
 
 
 def _unpack(field, scales):
-    """L0 [H], kappa [H], weights of the parts [H, 9] and tilt of the noise [H] of scales [H, 6]."""
+    """L0 [H], kappa [H], weights of the parts [H, 10] and tilt of the noise [H] of scales [H, 6]."""
     share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: any L0 is possible, one close to 0 is rather likely
     *own, tilt = (np.interp(share, field.noise_L0, one) for one in field.noise.T)
     own = np.stack(own, -1)
-    weights = np.concatenate([np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
+    weights = np.concatenate([np.ones((len(share), 1)), np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
     return share * field.least_loss, scales[:, 1], weights, tilt
 
 
@@ -240,6 +237,14 @@ def _transform(field, L0, kappa, tilt):
     return (value.reshape(len(L0), -1)[:, field.observed], centre, jacobian, noise_factor.reshape(len(L0), -1))
 
 
+def _covariance(field, weights, noise_factor, rows, columns):
+    """[H, rows, columns] covariance between the values at these indices."""
+    parts = field.parts[:, rows[:, None], columns]
+    # einsum and not @: a matrix product of this shape starts threads that cost more time than they save
+    signal, noise = (np.einsum('hj,jrc->hrc', weights[:, some], parts[some]) for some in (slice(4), slice(4, None)))
+    return signal + noise * noise_factor[:, rows, None] * noise_factor[:, None, columns]
+
+
 def log_likelihood(field, scales):
     """Log density [H] of the observed losses given scales [H, 6], up to a constant."""
     L0, kappa, weights, tilt = _unpack(field, scales)
@@ -247,29 +252,11 @@ def log_likelihood(field, scales):
     n = len(field.observed)
     # The data are appended to the covariance as one more row. The last row of the Cholesky factor is then the whitened data.
     bordered = np.full((len(L0), n + 1, n + 1), 1e15)
-    bordered[:, :n, :n] = _covariance_of_observed(field, weights, noise_factor)
+    bordered[:, :n, :n] = _covariance(field, weights, noise_factor, field.observed, field.observed)
     bordered[:, n, :n] = bordered[:, :n, n] = value
     factor = np.linalg.cholesky(bordered)
     log_determinant = np.log(np.diagonal(factor, axis1=1, axis2=2)[:, :n]).sum(-1)
     return jacobian - log_determinant - 0.5 * (factor[:, n, :n] ** 2).sum(-1)
-
-
-def _covariance_of_observed(field, weights, noise_factor):
-    """[H, n, n] covariance between the observed values."""
-    n, factor = len(field.observed), noise_factor[:, field.observed]
-    # einsum and not @: a matrix product of this shape starts threads that cost more time than they save
-    signal = np.einsum('hj,jn->hn', np.insert(weights[:, :3], 0, 1, axis=1), field.observed_parts[:4]).reshape(-1, n, n)
-    noise = np.einsum('hj,jn->hn', weights[:, 3:], field.observed_parts[4:]).reshape(-1, n, n)
-    return signal + noise * factor[:, :, None] * factor[:, None]
-
-
-def _covariance(field, weights, noise_factor, rows, columns):
-    """[H, rows, columns] block of the covariance."""
-    block = np.ix_(rows, columns)
-    parts = np.stack([part[block] for part in field.parts])
-    signal = field.fixed[block] + np.tensordot(weights[:, :3], parts[:3], 1)
-    noise = np.tensordot(weights[:, 3:], parts[3:], 1)
-    return signal + noise * noise_factor[:, rows, None] * noise_factor[:, None, columns]
 
 
 def sample_scales(field, rng, size=500):
@@ -282,50 +269,51 @@ def sample_scales(field, rng, size=500):
     return scales_of(importance_sampling.sample(lambda z: log_likelihood(field, scales_of(z)), len(low), rng, size))
 
 
-class Conditional(NamedTuple):
-    """Distribution of z = link(L) of the targets at the knots, given the observed losses and H draws of the scales."""
-    L0: np.ndarray              # [H]
-    kappa: np.ndarray           # [H]
-    mean: np.ndarray            # [H, T·K] without the white noise of single evaluations, as is the covariance
-    covariance: np.ndarray      # [H, T·K, T·K]
-    white_variance: np.ndarray  # [H, T] of the white noise at x = 1, relative to the reducible loss
-    tilt: np.ndarray            # [H] of the noise
-
-
 def condition(field, scales):
-    """The Conditional of the targets for scales [H, 6]."""
+    """Distribution of z = link(L) of the targets at the knots, given the observed losses and scales [H, 6].
+
+    Returns the mean [H, T·K] and the covariance [H, T·K, T·K], without the white noise of single evaluations.
+    """
     L0, kappa, weights, tilt = _unpack(field, scales)
     value, centre, _, noise_factor = _transform(field, L0, kappa, tilt)
     M = len(field.ladder.p)
     targets = np.arange(M * len(field.ladder.x), field.loss.size)
-    smooth = weights * [1, 1, 1, 1, 1, 0, 1, 1, 0]                                            # without white noise
+    smooth = weights * [1, 1, 1, 1, 1, 1, 0, 1, 1, 0]                                         # without white noise
     across = _covariance(field, smooth, noise_factor, targets, field.observed)
-    gain = np.linalg.solve(_covariance_of_observed(field, weights, noise_factor), np.swapaxes(across, 1, 2))  # [H, n, T·K]
+    observed = _covariance(field, weights, noise_factor, field.observed, field.observed)
+    gain = np.linalg.solve(observed, np.swapaxes(across, 1, 2))                               # [H, n, T·K]
     prior_mean = (centre[:, None] - EXPONENT_PRIOR[0] * field.u[M:, None]).reshape(len(L0), -1)
     mean = prior_mean + np.einsum('hnk,hn->hk', gain, value)
-    covariance = _covariance(field, smooth, noise_factor, targets, targets) - across @ gain
-    own = 1 / field.seeds[M:] if field.parts[3].any() else 0
-    return Conditional(L0, kappa, mean, covariance, weights[:, 5:6] * own + weights[:, 8:9], tilt)
+    return mean, _covariance(field, smooth, noise_factor, targets, targets) - across @ gain
 
 
 def draw_curves(field, rng, scales, curves_per_scale=4):
     """Posterior curves of the targets as Draws: several for each of scales [H, 6]."""
-    given = Conditional(*(np.repeat(part, curves_per_scale, 0) for part in condition(field, scales)))
-    ladder, L0, kappa = field.ladder, given.L0, given.kappa
-    factor = np.linalg.cholesky(given.covariance + 1e-10 * np.eye(given.covariance.shape[-1]))
-    z = given.mean + np.einsum('hij,hj->hi', factor, rng.normal(size=given.mean.shape))
+    mean, covariance = (np.repeat(one, curves_per_scale, 0) for one in condition(field, scales))
+    ladder, (L0, kappa, weights, tilt) = field.ladder, _unpack(field, np.repeat(scales, curves_per_scale, 0))
+    factor = np.linalg.cholesky(covariance + 1e-10 * np.eye(covariance.shape[-1]))
+    z = mean + np.einsum('hij,hj->hi', factor, rng.normal(size=mean.shape))
     z = z.reshape(len(L0), -1, len(ladder.x))                                                 # [S, T, K]
 
     # Between the knots the curves follow the ladder's mean curve. Only the deviation from it is interpolated, linearly in log x.
     means = np.broadcast_to(ladder.mean, (len(L0), *ladder.mean.shape))
     mean_curve = link(means, L0, ladder.initial_loss, kappa)[0].mean(1)                       # [S, G]
     knots, grid = np.log(ladder.x), np.log(ladder.grid)
-    right = np.clip(np.searchsorted(knots, grid), 1, len(knots) - 1)
-    part = np.clip((grid - knots[right - 1]) / (knots[right] - knots[right - 1]), 0, 1)
-    deviation = z - np.stack([np.interp(knots, grid, one) for one in mean_curve])[:, None]
-    deviation = deviation[..., right - 1] * (1 - part) + deviation[..., right] * part
+    at_knots, at_grid = (np.stack([np.interp(new, old, one) for one in np.eye(len(old))])     # linear interpolation as matrices
+                         for new, old in ((knots, grid), (grid, knots)))
+    deviation = (z - (mean_curve @ at_knots)[:, None]) @ at_grid                              # [S, T, G]
 
-    white_sd = np.sqrt(given.white_variance)[..., None] * ladder.grid ** given.tilt[:, None, None]
-    white_noise = white_sd * rng.normal(size=deviation.shape)
+    white_variance = weights[:, 6:7] * field.own_noise[len(ladder.p):] + weights[:, 9:]       # [S, T] at x = 1
+    white_noise = np.sqrt(white_variance)[..., None] * ladder.grid ** tilt[:, None, None] * rng.normal(size=deviation.shape)
     reducible = inverse_link(mean_curve[:, None] + deviation, L0, ladder.initial_loss, kappa) * np.exp(white_noise)
     return Draws(L0, L0[:, None, None] + reducible)
+
+
+def posterior_curves(ladder, compute, observed=None, seeds=1, scales=None):
+    """Draws for T targets at compute [T] FLOPs.
+
+    observed [T, K]: see build_field. scales [S, 6]: from sample_scales, to save the time of sampling.
+    """
+    rng = np.random.default_rng(0)
+    field = build_field(ladder, compute, observed, seeds)
+    return draw_curves(field, rng, sample_scales(field, rng) if scales is None else scales)

@@ -50,19 +50,13 @@ def make_curve(name, step, lr, loss, warmup=0):
     jump = ~flat & np.append(True, flat[:-1]) & np.append(flat[1:], True)
     pieces = int(np.clip(CELLS_PER_CURVE // len(step), 1, MAX_CELLS_PER_EVALUATION))
     middle = (np.arange(pieces) + 0.5) / pieces   # of each cell, as a share of the way to the next evaluation
-    cells = WARMUP_CELLS if warmup else 0
-    rate = [lr[0] * (i + 0.5) / WARMUP_CELLS for i in range(cells)]
-    width = [warmup / WARMUP_CELLS] * cells
-    row = []
-    for i, start in enumerate(np.append(warmup, step[:-1])):
-        if step[i] > start:
-            first = lr[max(i - 1, 0)]
-            linear = i > 0 and not jump[i - 1]
-            rate += list(first + (lr[i] - first) * middle * linear)
-            width += [(step[i] - start) / pieces] * pieces
-        row.append(len(rate))
-    rate = np.array(rate)
-    return Curve(name, step, lr, loss, rate, np.append(0, np.cumsum(rate * width)), np.array(row))
+    before, change = np.append(lr[0], lr[:-1]), np.append(0, np.where(jump, 0, np.diff(lr)))
+    rate, width = before[:, None] + change[:, None] * middle, np.diff(step, prepend=warmup)
+    some = width > 0                              # the first evaluation may lie at the end of the warm-up
+    rise = lr[0] * (np.arange(WARMUP_CELLS) + 0.5) / WARMUP_CELLS if warmup else np.zeros(0)
+    rate = np.append(rise, rate[some])
+    width = np.append(np.full(len(rise), warmup / WARMUP_CELLS), np.repeat(width[some] / pieces, pieces))
+    return Curve(name, step, lr, loss, rate, np.append(0, np.cumsum(rate * width)), len(rise) + pieces * np.cumsum(some))
 
 
 def read_csv(path, warmup=None, without=None):
@@ -82,52 +76,38 @@ def read_csv(path, warmup=None, without=None):
 
 
 def from_table(table, skip=0.05):
-    """({name: Curve}, notes) of one model in a log: a curve for each schedule, decay and horizon, the mean over its seeds.
+    """({name: Curve}, notes) of one model in a log: a curve for each schedule, decay and horizon, the mean over its runs.
 
     Of several models, the one with the most curves is used. A curve is named by its schedule and, if it decays over a part of the
     run only, that share: `linear`, `linear_0.2`. Curves of other horizons than the one with the most curves have their number of
     steps appended: `linear_1660`. The first `skip` of the shortest run's steps is left out, as no power law holds there yet.
     Raises LogError if columns are missing or the model was trained with several batch sizes or peak rates.
     """
-    require(table, ['step', 'lr', 'test_loss', 'schedule'], 'a schedule law')
-    ends = runs(table)
+    require(table, ['step', 'lr', 'test_loss', 'schedule', 'num_params'], 'a schedule law')
+    ends, notes = runs(table), []
     ends['decay'] = ends['decay_frac'].where(ends['schedule'] != 'const').fillna(1) if 'decay_frac' in ends else 1.0
-    ends, notes = _one_model(ends)
+    kinds = ends[['num_params', 'schedule', 'decay', 'step']].drop_duplicates()
+    p = kinds['num_params'].mode().max()
+    if kinds['num_params'].nunique() > 1:
+        others = ', '.join(f'{one:.0f}' for one in sorted(set(kinds['num_params']) - {p}))
+        notes.append(f'the curves are of the model with {p:.0f} parameters, which has the most; for another, give --where '
+                     f'num_params=… ({others})')
+    ends = ends[ends['num_params'] == p]
     for column in ('B', 'peak_lr'):
         if column in ends and ends[column].nunique() > 1:
             found = ', '.join(f'{value:g}' for value in sorted(ends[column].unique()))
             raise LogError(f'a schedule law compares runs that differ in their schedule alone; the log has {column} {found}: '
                            f'choose one with --where {column}=…')
-    horizons = ends.groupby('step').apply(lambda group: len(group.groupby(['schedule', 'decay'])))
-    most_curves = horizons[horizons == horizons.max()].index.max()
-    first_step = skip * ends['step'].min()
-    curves, seeds = {}, set()
-    groups = ends.groupby(['schedule', 'decay', 'step'], sort=False)
-    for (schedule, decay, steps), group in sorted(groups, key=lambda one: (one[0][2] != most_curves, one[0][1] < 1)):
-        name = schedule + (f'_{decay:g}' if decay < 1 else '') + (f'_{steps:.0f}' if steps != most_curves else '')
-        rows = _mean_over_runs(table[table['run'].isin(group.index) & (table['step'] >= first_step)])
+    horizon = kinds.loc[kinds['num_params'] == p, 'step'].mode().max()
+    groups = ends.groupby([ends['step'] != horizon, ends['decay'] < 1, 'schedule', 'decay', 'step'], sort=False)
+    curves, first_step, size = {}, skip * ends['step'].min(), groups.size()
+    for (other_horizon, partial, schedule, decay, steps), group in sorted(groups, key=lambda one: one[0][:2]):
+        name = schedule + (f'_{decay:g}' if partial else '') + (f'_{steps:.0f}' if other_horizon else '')
+        by_step = table[table['run'].isin(group.index) & (table['step'] >= first_step)].groupby('step')[['lr', 'test_loss']]
+        rows = by_step.mean()[by_step.size() == len(group)].reset_index()  # the steps at which every run was evaluated
         curves[name] = make_curve(name, rows['step'], rows['lr'], rows['test_loss'])
-        seeds.add(group['seed'].nunique() if 'seed' in group else len(group))
-    if max(seeds) > 1:
-        notes.append(f'curves are means over their seeds ({min(seeds)} to {max(seeds)})')
-    if len(horizons) > 1:
-        notes.append(f'names without a number of steps are of runs with {most_curves:.0f} steps')
+    if size.max() > 1:
+        notes.append(f'curves are means over the runs of a schedule ({size.min()} to {size.max()})')
+    if ends['step'].nunique() > 1:
+        notes.append(f'names without a number of steps are of runs with {horizon:.0f} steps')
     return curves, notes
-
-
-def _one_model(ends):
-    """(rows of `runs` of the model with the most curves, notes)."""
-    if 'num_params' not in ends or ends['num_params'].nunique() < 2:
-        return ends, []
-    count = ends.groupby('num_params').apply(lambda group: len(group.groupby(['schedule', 'decay', 'step'])))
-    p = count[count == count.max()].index.max()
-    others = ', '.join(f'{one:.0f}' for one in count.index if one != p)
-    return ends[ends['num_params'] == p], [f'the curves are of the model with {p:.0f} parameters, which has the most; for another, '
-                                           f'give --where num_params=… ({others})']
-
-
-def _mean_over_runs(rows):
-    """Mean lr and test_loss at the steps where every run has an evaluation."""
-    by_step = rows.groupby('step')
-    complete = by_step['run'].nunique() == rows['run'].nunique()
-    return by_step[['lr', 'test_loss']].mean()[complete].reset_index()

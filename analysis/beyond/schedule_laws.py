@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares, nnls
+from scipy.special import huber
 
 from analysis.scaling_law import DELTA
 from analysis.table import LogError
@@ -106,10 +107,10 @@ def predict(fit, curve):
 # ---- fits ----------------------------------------------------------------------------------------------------------
 
 
-def fit(law, curves, refined=2):
+def fit(law, curves):
     """The Fit of least summed Huber loss (δ = 1e-3) on the log-loss residuals of all curves.
 
-    At every start the law is linear in (L0, A, c), which are solved for. The best `refined` starts are then refined, first by least
+    At every start the law is linear in (L0, A, c), which are solved for. The two best starts are then refined, first by least
     squares and then with the Huber loss: its slope is constant far from the data, which would slow a poor start down.
     """
     target = np.log(np.concatenate([curve.loss for curve in curves]))
@@ -128,21 +129,19 @@ def fit(law, curves, refined=2):
         size = np.abs(design).max(0)
         linear, misfit = nnls(design / size, np.ones(len(target)))
         starts.append((misfit, [*np.maximum(linear, 1e-6) / size, *shape]))
-    ends = []
-    for _, start in sorted(starts)[:refined]:
-        near = least_squares(residual, np.log(start), x_scale='jac', max_nfev=30)
-        ends.append(least_squares(residual, near.x, loss='huber', f_scale=DELTA, x_scale='jac', max_nfev=100))
+    near = [least_squares(residual, np.log(start), x_scale='jac', max_nfev=30) for _, start in sorted(starts)[:2]]
+    ends = [least_squares(residual, one.x, loss='huber', f_scale=DELTA, x_scale='jac', max_nfev=100) for one in near]
     best = min(ends, key=lambda end: end.cost)
     return Fit(law, np.exp(best.x), float(best.cost))
 
 
-def fit_as_published(curves, max_steps=200, patience=20):
+def fit_as_published(curves):
     """The Multi-Power Law as Luo et al. fitted it, with their released settings. It is not the minimum of its objective.
 
     The law without memory gives (L0, A, α, B). From there, with C = 1 and β = γ = ½, AdamW minimises the objective: rate 0.05 for
-    L0, A, B and C, rate 0.005 for the exponents, weight decay 0.01. It stops after `patience` steps without a new minimum and keeps
-    the state one step after the lowest objective. The early stop matters: at the true minimum (`fit`) the exponents drift and
-    predictions of unseen schedules are worse.
+    L0, A, B and C, rate 0.005 for the exponents, weight decay 0.01. It stops after 20 steps without a new minimum, at the latest
+    after 200, and keeps the state one step after the lowest objective. The early stop matters: at the true minimum (`fit`) the
+    exponents drift and predictions of unseen schedules are worse.
     """
     L0, A, c, alpha = fit(memoryless_law, curves).values
     peak = max(curve.lr.max() for curve in curves)
@@ -151,27 +150,22 @@ def fit_as_published(curves, max_steps=200, patience=20):
     mean, square = np.zeros(7), np.zeros(7)                      # Adam's moments
     best, best_step, kept = np.inf, 0, None
     target = np.log(np.concatenate([curve.loss for curve in curves]))
-    for step in range(1, max_steps + 1):
-        objective, gradient = _huber_of_multi_power(value, curves, target)
+    for step in range(1, 201):
+        parts = [multi_power_columns(curve, *value[3:], slopes=True) for curve in curves]
+        columns, by_alpha, by_rest = (np.concatenate(part) for part in zip(*parts, strict=True))
+        predicted = np.maximum(columns @ value[:3], 1e-10)
+        residual = np.log(predicted) - target
+        objective = huber(DELTA, residual).sum()
+        slope = np.column_stack([columns, value[1] * by_alpha, value[2] * by_rest])  # of the predicted loss
+        gradient = (np.clip(residual, -DELTA, DELTA) / predicted) @ slope
         mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient ** 2
         update = mean / (1 - 0.9 ** step) / (np.sqrt(square / (1 - 0.999 ** step)) + 1e-8)
         value = (1 - 0.01 * rate) * value - rate * update
         if objective < best:
             best, best_step, kept = objective, step, value
-        elif step > patience and step - best_step >= patience:
+        elif step - best_step >= 20:
             break
     return Fit(multi_power_law._replace(name='multi-power law, as published'), kept, float(best))
-
-
-def _huber_of_multi_power(value, curves, target):
-    """(summed Huber loss of the log-loss residuals, its gradient [7]) of the Multi-Power Law with these parameters."""
-    parts = [multi_power_columns(curve, *value[3:], slopes=True) for curve in curves]
-    columns, by_alpha, by_rest = (np.concatenate(part) for part in zip(*parts, strict=True))
-    predicted = np.maximum(columns @ value[:3], 1e-10)
-    residual = np.log(predicted) - target
-    objective = np.where(np.abs(residual) <= DELTA, residual ** 2 / 2, DELTA * (np.abs(residual) - DELTA / 2)).sum()
-    slope = np.column_stack([columns, value[1] * by_alpha, value[2] * by_rest])
-    return objective, (np.clip(residual, -DELTA, DELTA) / predicted) @ slope
 
 
 # ---- comparison ----------------------------------------------------------------------------------------------------
@@ -199,8 +193,7 @@ def compare(curves, names):
         raise LogError(f'--fit: name two or three curves of {", ".join(curves)}')
     for name in names:
         if name not in curves:
-            close = get_close_matches(name, curves, 1)
-            suggestion = f'; did you mean {close[0]}?' if close else ''
+            suggestion = ''.join(f'; did you mean {close}?' for close in get_close_matches(name, curves, 1))
             raise LogError(f'--fit {name}: no such curve; there are {", ".join(curves)}{suggestion}')
     unseen = [name for name in curves if name not in names]
     if not unseen:
