@@ -52,9 +52,9 @@ def test_healthy_runs_are_left_alone():
         table, _ = random_ladder(np.random.default_rng(100 + seed), models=6, seeds=3)
         ladder = ladder_field.read_ladder(table)
         expected = monitor.expect(ladder_field.select(ladder, slice(5)), ladder.p[-1])
-        for loss in ladder.losses[-1]:
-            found['healthy'].append(watch_faults.first_alarm(monitor.read(expected, expected.x, loss)))
-            found['half worse'].append(watch_faults.first_alarm(monitor.read(expected, expected.x, loss + 0.5 * expected.reducible)))
+        for added, alarms_at in zip((0, 0.5), found.values(), strict=True):
+            alarms_at += [watch_faults.first_alarm(monitor.read(expected, expected.x, loss + added * expected.reducible))
+                          for loss in ladder.losses[-1]]
     assert np.isfinite(found['healthy']).mean() < 0.1
     assert np.isfinite(found['half worse']).mean() > 0.8
 
@@ -109,7 +109,8 @@ def test_alarm_level_keeps_the_false_alarm_rate(monkeypatch):
     rng, two = np.random.default_rng(0), np.array([0.5, 1.0])
 
     def readings(power):
-        return lambda table, ladder_table: [monitor.Reading(two, two, np.full(2, rng.random() ** power), *[np.nan] * 4) for _ in table['run']]
+        return lambda table, ladder_table: [monitor.Reading(two, two, np.full(2, rng.random() ** power), *[np.nan] * 4)
+                                            for _ in table['run']]
 
     table = pd.DataFrame({'run': np.arange(39)})
     monkeypatch.setattr(monitor, 'read_finished', readings(3))
