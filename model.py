@@ -44,10 +44,6 @@ def _rms_norm_backward(residuals, g):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-def gelu(x):
-    return jax.nn.gelu(x, approximate=True)  # the tanh form
-
-
 class MLP(nnx.Module):
     """Regression MLP, x [B, V] -> f [B, 1], features h [B, D]: p = VD + 2ND² + D."""
 
@@ -143,14 +139,14 @@ def causal_attention(q, k, v):
 
 
 class FeedForward(nnx.Module):
-    """fc2(gelu(fc1(rms_norm(h)))), h [..., D] -> [..., D]."""
+    """fc2(gelu(fc1(rms_norm(h)))) with the tanh form of GELU, h [..., D] -> [..., D]."""
 
     def __init__(self, D, F, std, rngs):
         self.fc1 = weight(rngs, (D, F), std, 'hidden')
         self.fc2 = weight(rngs, (F, D), 0, 'hidden')
 
     def __call__(self, h):
-        return gelu(rms_norm(h) @ self.fc1.astype(h.dtype)) @ self.fc2.astype(h.dtype)
+        return jax.nn.gelu(rms_norm(h) @ self.fc1.astype(h.dtype)) @ self.fc2.astype(h.dtype)
 
 
 def readout(h, weights):

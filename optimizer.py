@@ -46,8 +46,8 @@ def peak_lr(role, run):
     """
     m, o = run.model, run.opt
     by_role = {'input': o.embed_lr_mult, 'hidden': 1.0, 'output': o.readout_lr_mult}
-    width = {'input': 1.0, 'hidden': m.base_D / (m.match_mup_at_D or m.D), 'output': m.base_D / (m.match_mup_at_D or m.D)}
-    return o.lr * by_role[role] * (width[role] if o.mup else 1.0)
+    width = m.base_D / (m.match_mup_at_D or m.D) if o.mup and role != 'input' else 1.0
+    return o.lr * by_role[role] * width
 
 
 def peak_lrs(run):

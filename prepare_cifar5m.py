@@ -36,8 +36,8 @@ def open_images(path: Path):
         np.lib.format.read_magic(stream)
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # the version that NumPy writes for any image array
     if is_fortran or shape[1:] != IMAGE or dtype != np.uint8:
-        order = 'Fortran' if is_fortran else 'C'
-        raise ValueError(f'{path}: X is {list(shape)} {dtype} in {order} order; wanted [images, 32, 32, 3] uint8 in C order')
+        raise ValueError(f'{path}: X is {list(shape)} {dtype}{" in Fortran order" * is_fortran}; '
+                         'wanted [images, 32, 32, 3] uint8 in C order')
     return stream, shape[0], entry.CRC
 
 
