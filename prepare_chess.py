@@ -177,8 +177,7 @@ def read_inputs(paths: list[str], folder: Path, seed: int, jobs: int) -> list[Pa
             (unfinished / 'counts.json').write_text(json.dumps(counts))
             os.sync()  # all of it must be on disk before the folder has its final name
             os.rename(unfinished, inputs[number])
-            if len(missing) > 1:
-                bar.total = bar.n * len(missing) // done  # an estimate, as input files are about equal
+            bar.total = bar.n * len(missing) // done  # an estimate, as input files are about equal
     return inputs
 
 
