@@ -8,10 +8,9 @@ those of analysis/columns.py.
 """
 
 import argparse
-import math
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -19,26 +18,25 @@ from tqdm import tqdm
 
 from analysis import table as logs
 
-ORDER = ['tag', 'num_params', 'schedule', 'decay_frac', 'T', 'seed', 'run']  # of the rows, so that the same runs give the same file
+ORDER = ('tag', 'num_params', 'schedule', 'decay_frac', 'T', 'seed', 'run', 'step')  # of the rows: the same runs, the same file
 ATTEMPTS = 6  # of a request, 1 + 2 + 4 + 8 + 16 s apart; W&B's rate limits last less than a minute
 
 
 def from_folders(folder, tags):
-    """(table of the finished runs, {state: names of the others}) below `folder` with one of the tags (none given: all runs)."""
+    """(table of the finished runs, {name: state} of the others) below `folder` with one of the tags (none given: all runs)."""
     table = logs.load(folder)
     if tags:
-        logs.require(table, ['tag'], 'choosing runs by tag')
         kept = table[table['tag'].isin(tags)]
         if not len(kept):
-            raise logs.LogError(f'{folder}: no run tagged {" or ".join(tags)}; tags there: '
-                                f'{", ".join(sorted(table["tag"].dropna().unique()))}')
+            found = ', '.join(sorted(table['tag'].dropna().unique()))
+            raise logs.LogError(f'{folder}: no run tagged {" or ".join(tags)}; tags there: {found}')
         table = kept
     finished = table['state'] == 'finished'
-    return table[finished], {state: sorted(rows['run'].unique()) for state, rows in table[~finished].groupby('state')}
+    return table[finished], logs.runs(table[~finished])['state'].to_dict()
 
 
 def from_wandb(project, entity, tags):
-    """(table of the finished runs, {state: names of the others}) of a W&B project with one of the tags (none given: all runs).
+    """(table of the finished runs, {name: state} of the others) of a W&B project with one of the tags (none given: all runs).
 
     Every logged row is read; W&B's own `history` would give a sample. Raises LogError if the server cannot be reached.
     """
@@ -48,21 +46,19 @@ def from_wandb(project, entity, tags):
     if not runs:
         raise logs.LogError(f'no run in {path}' + (f' is tagged {" or ".join(tags)}' if tags else '') +
                             '; check --project, --entity and --tag')
-    tables, others = [], defaultdict(list)
+    tables, others = [], {}
     for run in tqdm(runs, desc='runs', unit='run'):
-        state = state_of(run)
-        table = table_of(run, tags) if state == 'finished' else None
-        if table is not None:
-            tables.append(table)
+        table = table_of(run, tags) if state_of(run) == 'finished' else None
+        if table is None:
+            others[run.name] = 'finished without an evaluation' if state_of(run) == 'finished' else state_of(run)
         else:
-            others['finished without an evaluation' if state == 'finished' else state].append(run.name)
-    return (logs.tidy(pd.concat(tables, ignore_index=True)) if tables else None), dict(others)
+            tables.append(table)
+    return (logs.tidy(pd.concat(tables)) if tables else pd.DataFrame()), others
 
 
 def one_from_wandb(path):
     """The table so far of one W&B run, entity/project/id, in any state. Raises LogError if it has no evaluation yet."""
-    run = with_retries(lambda api: api.run(path), f'reading the run {path}')
-    table = table_of(run, ())
+    table = table_of(with_retries(lambda api: api.run(path), f'reading the run {path}'), ())
     if table is None:
         raise logs.LogError(f'{path}: the run has no evaluation yet')
     return logs.tidy(table)
@@ -76,18 +72,11 @@ def state_of(run):
 def table_of(run, tags):
     """The table of one W&B run, or None if it has no evaluation. A run without a tag in its configuration has its tag in W&B."""
     rows = with_retries(lambda api: list(run.scan_history(page_size=1000)), f'reading {run.name}')
-    rows = [{key: _number(value) for key, value in row.items()} for row in rows if row.get('test_loss') is not None]
+    rows = [row for row in rows if row.get('test_loss') is not None]
     config = dict(run.config)
-    if not any(config.get(key) for key in ('wandb_tag', 'tag')) and run.tags:
+    if not (config.get('wandb_tag') or config.get('tag')) and run.tags:
         config['tag'] = next((tag for tag in tags if tag in run.tags), run.tags[0])
     return logs.from_run(run.id, config, rows, dict(run.summary) | {'state': state_of(run)}) if rows else None
-
-
-def _number(value):
-    """The value, or None if it is not finite. W&B may send NaN and the infinities as strings."""
-    if value in ('NaN', 'Infinity', '-Infinity') or isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def with_retries(request, purpose):
@@ -99,42 +88,39 @@ def with_retries(request, purpose):
     for attempt in range(ATTEMPTS):
         try:
             return request(wandb.Api(timeout=60))
-        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError, ValueError) as error:  # ValueError: no such project
             message = _first_line(error).rstrip('.')
-            hint = '' if 'wandb login' in message else '; log in with `wandb login`'
+            hint = '' if isinstance(error, ValueError) or 'wandb login' in message else '; log in with `wandb login`'
             raise logs.LogError(f'W&B, {purpose}: {message}{hint}') from None
         except (wandb.errors.CommError, OSError) as error:  # the exceptions of requests are OSErrors
             if attempt == ATTEMPTS - 1:
                 raise logs.LogError(f'W&B, {purpose}: {_first_line(error)} (tried {ATTEMPTS} times)') from None
             print(f'note: {purpose}: {_first_line(error)}; trying again in {2 ** attempt} s', file=sys.stderr)
             time.sleep(2 ** attempt)
-        except ValueError as error:  # the project does not exist
-            raise logs.LogError(f'W&B, {purpose}: {_first_line(error)}') from None
 
 
 def _first_line(error):
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def save(table, others, out, **origin):
     """Write the log, and print what is in it and what was left out. Raises LogError if there is no finished run."""
-    for state, names in sorted(others.items()):
-        print(f'note: {len(names)} {state} left out: {", ".join(names[:5])}{" …" if len(names) > 5 else ""}', file=sys.stderr)
-    if table is None or not len(table):
+    left_out = Counter(others.values())
+    for state, count in sorted(left_out.items()):
+        names = sorted(name for name, of_run in others.items() if of_run == state)
+        print(f'note: {count} {state} left out: {", ".join(names[:5])}{" …" if count > 5 else ""}', file=sys.stderr)
+    if not len(table):
         raise logs.LogError('no finished run with an evaluation; nothing saved')
     table = table.dropna(axis=1, how='all')
-    table = table.sort_values([c for c in ORDER if c in table] + (['step'] if 'step' in table else []), kind='stable')
-    table, copies = logs.drop_duplicates(table.reset_index(drop=True))
+    table, copies = logs.drop_duplicates(table.sort_values([c for c in ORDER if c in table], kind='stable'))
     if copies:
         print(f'note: {copies} runs are there twice with the same losses; kept once', file=sys.stderr)
     runs = logs.runs(table)
-    count = len(runs)
     origin |= {column: sorted(runs[column].dropna().unique()) for column in ('revision', 'device') if column in runs}
     if 'seconds' in runs:
         origin['hours'] = round(runs['seconds'].sum() / 3600, 3)
-    logs.write_parquet(table.reset_index(drop=True), out, runs=count, evaluations=len(table), duplicates_dropped=copies,
-                       left_out={state: len(names) for state, names in others.items()}, **origin)
-    print(f'{out}: {count} runs, {len(table)} evaluations, {Path(out).stat().st_size / 1e6:.2f} MB')
+    logs.write_parquet(table, out, runs=len(runs), evaluations=len(table), duplicates_dropped=copies, left_out=left_out, **origin)
+    print(f'{out}: {len(runs)} runs, {len(table)} evaluations, {Path(out).stat().st_size / 1e6:.2f} MB')
 
 
 def main():
@@ -153,7 +139,7 @@ def main():
             raise logs.LogError('give --tag TAG, or --out FILE to save the runs of every tag')
         table, others = (from_folders(args.runs, args.tag) if args.runs
                          else from_wandb(args.project, args.entity, args.tag))
-        for condition in args.where if table is not None else ():
+        for condition in args.where if len(table) else ():
             table = logs.where(table, condition)
         source = f'folders {args.runs}' if args.runs else f'W&B {args.entity + "/" if args.entity else ""}{args.project}'
         save(table, others, args.out or f'logs/{args.tag[0]}.parquet', source=source, tags=args.tag, where=args.where)

@@ -15,12 +15,6 @@ import pandas as pd
 from analysis import collapse, horizon, schedules
 from analysis.table import LogError, clean, load, runs
 
-X_SHOWN = (0.25, 0.5, 0.75, 0.9)  # normalised compute at which Δ and σ are given
-LADDER_COLUMNS = ('log', 'widths', 'seeds', 'a', 'b', 'L0', *(f'Δ / σ at {x:g}' for x in X_SHOWN), 'Δ < σ from x =')
-HORIZON_COLUMNS = ('log', 'widths', 'seeds', 'κ', '1+γ', 'tangent points')
-SCHEDULE_COLUMNS = ('log', 'schedules', 'α', 'α with the trace as logged', 'error of a schedule left out, of the drop',
-                    'rms error, of the loss range')
-
 # What `summary` shows of a result, in this order, by the names of fields and JSON keys.
 QUANTITIES = {
     'a': 'a (loss at 1e15 FLOPs above L0)', 'b': 'b (exponent of compute)', 'L0': 'L0 (irreducible loss)', 'r2': 'R²',
@@ -42,106 +36,103 @@ def summary(result):
     values = values | values.pop('fit', {})
     rows = []
     for key, quantity in QUANTITIES.items():
-        if not isinstance(values.get(key), (int, float)):
-            continue
-        ci = values.get(f'{key}_profile_ci') or values.get(f'{key}_ci') or values.get(f'{key}_90')
-        text = onset_text if key.startswith('supercollapse') else _rounded
-        rows.append((quantity, text(values[key]), f'[{text(ci[0])}, {text(ci[1])}]' if ci else ''))
+        if isinstance(values.get(key), (int, float)):
+            ci = values.get(f'{key}_profile_ci') or values.get(f'{key}_ci') or values.get(f'{key}_90')
+            text = onset_text if key.startswith('supercollapse') else number
+            rows.append((quantity, text(values[key]), f'[{text(ci[0])}, {text(ci[1])}]' if ci else ''))
     return pd.DataFrame(rows, columns=['quantity', 'value', '90% interval'])
 
 
-def _rounded(value):
-    """Four significant digits; large counts in the form 1.234e+15."""
-    return f'{round(value, 12):.4g}'
-
-
-def onset_text(x, decidable=True):
-    """The x from which Δ < σ, 'never', or '–' where there is no σ to compare with."""
-    return f'{x:.2f}' if np.isfinite(x) else 'never' if decidable else '–'
-
-
-def sizes(table):
-    """The widths and the seeds per model as text: '32 … 128 (5)', '5'."""
-    each = runs(table)
-    widths = sorted(each['D'].dropna().astype(int).unique()) if 'D' in each else []
-    seeds = each.groupby('num_params').size()
-    return (f'{widths[0]} … {widths[-1]} ({len(widths)})' if widths else f'{len(seeds)} sizes',
-            str(seeds.min()) if seeds.min() == seeds.max() else f'{seeds.min()} to {seeds.max()}')
-
-
-def number(value, ci, digits=3):
-    """'0.17 [0.16, 0.18]'."""
+def number(value, ci=None, digits=4):
+    """'0.17 [0.16, 0.18]'; large counts in the form 1.234e+15."""
     return f'{round(value, 12):.{digits}g}' + (f' [{ci[0]:.{digits}g}, {ci[1]:.{digits}g}]' if ci else '')
 
 
-def ladder_row(name, table):
-    result, _ = collapse.analyse(table)
-    fit, at = result['fit'], [int(np.argmin(np.abs(result['x'] - x))) for x in X_SHOWN]
-    onset, ci = result['supercollapse_from'], result['supercollapse_from_ci']
-    decidable = np.isfinite(result['sigma']).all()  # with one seed a model there is no σ, and no verdict
-    return (name, *sizes(table), number(fit['a'], fit['a_ci']), number(fit['b'], fit['b_ci']),
-            number(fit['L0'], fit['L0_profile_ci'] or fit['L0_ci'], 2),
-            *(f'{result["delta"][i]:.4f} / ' + (f'{result["sigma"][i]:.4f}' if decidable else '–') for i in at),
-            onset_text(onset, decidable) + (f' [{onset_text(ci[0])}, {onset_text(ci[1])}]' if ci else ''))
+def onset_text(x, ci=None):
+    """'0.75 [0.74, 0.84]', the x from which Δ < σ; 'never' for NaN."""
+    one, *both = (f'{value:.2f}' if np.isfinite(value) else 'never' for value in (x, *(ci or ())))
+    return one + (f' [{", ".join(both)}]' if ci else '')
+
+
+def value_range(values):
+    """'5', or '1 to 5' if the values differ."""
+    return ' to '.join(f'{value:g}' for value in sorted({min(values), max(values)}))
+
+
+def sizes(table):
+    """Two cells: the widths '32 … 128 (5)', and the seeds per model."""
+    ends = runs(table)
+    widths, seeds = ends.get('D', pd.Series()).dropna().astype(int), ends.groupby('num_params').size()
+    text = f'{widths.min()} … {widths.max()} ({widths.nunique()})' if len(widths) else f'{len(seeds)} sizes'
+    return {'widths': text, 'seeds': value_range(seeds)}
+
+
+# A row of a table: {column: text}. The order of these functions is that of the tables.
 
 
 def horizon_row(name, table):
     found = horizon.fit(horizon.smooth_curves(table))
-    return (name, *sizes(table), number(found.scale, found.scale_ci, 4), number(found.exponent, found.exponent_ci),
-            str(len(found.p)))
+    return {'log': name, **sizes(table), 'κ': number(found.scale, found.scale_ci),
+            '1+γ': number(found.exponent, found.exponent_ci, 3), 'tangent points': f'{len(found.p)}'}
 
 
-def constant_rate_row(name, table):
-    """The collapse of constant-rate runs up to their fitted horizon."""
-    return ladder_row(name, clean(horizon.at_horizon(table))[0])
+def ladder_row(name, table):
+    if 'schedule' in table and set(table['schedule']) == {'const'}:  # up to the fitted horizon
+        table, _, _ = clean(horizon.at_horizon(table))
+    result, _ = collapse.analyse(table)
+    fit, ci = result['fit'], result['supercollapse_from_ci']
+    decidable = np.isfinite(result['sigma']).all()  # with one seed a model there is no σ, and no verdict
+    cells = {'log': name, **sizes(table), 'a': number(fit['a'], fit['a_ci'], 3), 'b': number(fit['b'], fit['b_ci'], 3),
+             'L0': number(fit['L0'], fit['L0_profile_ci'] or fit['L0_ci'], 2)}
+    for x in (0.25, 0.5, 0.75, 0.9):
+        i = np.abs(result['x'] - x).argmin()
+        sigma = f'{result["sigma"][i]:.4f}' if decidable else '–'
+        cells[f'Δ / σ at {x:g}'] = f'{result["delta"][i]:.4f} / {sigma}'
+    return cells | {'Δ < σ from x =': onset_text(result['supercollapse_from'], ci) if decidable else '–'}
 
 
 def schedule_row(name, table):
     found, _ = schedules.analyse(table)
-    rows = found['leave_one_schedule_out']
-    errors = [row['error'] for row in rows if np.isfinite(row['error'])]
-    return (name, ', '.join(sorted({row['schedule'] for row in rows})),
-            *(f'{found[key]:.3f} ± {found[f"{key}_se"]:.3f}' for key in ('alpha', 'alpha_published')),
-            f'{min(errors):.0%} to {max(errors):.0%}' if errors else '', f'{found["rmse_relative"]:.1%}')
+    rows = pd.DataFrame(found['leave_one_schedule_out'], columns=['schedule', 'error'])
+    return {'log': name, 'schedules': ', '.join(sorted(set(rows['schedule']))),
+            'α': f'{found["alpha"]:.3f} ± {found["alpha_se"]:.3f}',
+            'α with the trace as logged': f'{found["alpha_published"]:.3f} ± {found["alpha_published_se"]:.3f}',
+            'error of a schedule left out, of the drop':
+                f'{rows["error"].min():.0%} to {rows["error"].max():.0%}' if rows['error'].notna().any() else '',
+            'rms error, of the loss range': f'{found["rmse_relative"]:.1%}'}
 
 
 def tables(paths):
-    """({columns: rows}, reasons for the rows that are missing) of the logs at `paths`."""
-    found, reasons = {HORIZON_COLUMNS: [], LADDER_COLUMNS: [], SCHEDULE_COLUMNS: []}, []
-
-    def add(columns, row, name, table):
-        try:
-            found[columns].append(row(name, table))
-        except LogError as error:
-            reasons.append(f'{name}: {error}')
-
+    """({row function: rows}, reasons for the rows that are missing) of the logs at `paths`."""
+    found, reasons = {horizon_row: [], ladder_row: [], schedule_row: []}, []
     for path in paths:
-        name, table = Path(path).stem, load(path)
-        table = table[table['test_loss'].notna()] if 'test_loss' in table else table
+        name, (table, _, _) = Path(path).stem, clean(load(path))
         kinds = set(table['schedule'].dropna()) if 'schedule' in table else set()
-        table, _, _ = clean(table)
         if kinds == {'const'}:
-            constant, _ = horizon.constant_rate(table)
-            add(HORIZON_COLUMNS, horizon_row, name, constant)
-            add(LADDER_COLUMNS, constant_rate_row, f'{name}, to the horizon', constant)
+            wanted = [(horizon_row, name, table), (ladder_row, f'{name}, to the horizon', table)]
         elif len(kinds) > 1:
-            add(SCHEDULE_COLUMNS, schedule_row, name, table)
+            wanted = [(schedule_row, name, table)]
         else:
-            add(LADDER_COLUMNS, ladder_row, name, table)
+            wanted = [(ladder_row, name, table)]
             if table['num_params'].nunique() > 4:
-                wider = table[table['num_params'] > table['num_params'].min()]
-                add(LADDER_COLUMNS, ladder_row, f'{name}, without the narrowest', wider)
+                wanted += [(ladder_row, f'{name}, without the narrowest', table[table['num_params'] > table['num_params'].min()])]
+        for row, label, rows in wanted:
+            try:
+                found[row].append(row(label, rows))
+            except LogError as error:
+                reasons.append(f'{label}: {error}')
     return found, reasons
 
 
-def markdown(columns, rows):
-    return '\n'.join(['| ' + ' | '.join(row) + ' |' for row in (columns, ['---'] * len(columns), *rows)])
+def markdown(rows):
+    lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
 
 def main(argv):
     if not argv or argv[0].startswith('-'):
         sys.exit(__doc__)
     found, reasons = tables(argv)
-    print('\n\n'.join(markdown(columns, rows) for columns, rows in found.items() if rows))
+    print('\n\n'.join(markdown(rows) for rows in found.values() if rows))
     for reason in reasons:
         print(f'note: {reason}', file=sys.stderr)
