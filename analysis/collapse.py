@@ -108,16 +108,11 @@ def spread(curves, L0, ddof=0, by='own', weight=None):
     model_mean, inner = mean_and_variance(normalise(curves, L0, by))
     mean, between, within = model_mean.mean(-2), model_mean.var(-2), inner.mean(-2)     # V_p E_ω and E_p V_ω
     level, variance = mean_and_variance(curves.loss - np.asarray(L0, float)[..., None, None])
-    seeds = np.bincount(curves.model)[:, None]
-    bessel = np.where(seeds > 1, seeds / np.maximum(seeds - ddof, 1), np.nan)           # NaN: one seed gives no noise floor
-    return Spread(mean, np.sqrt(between + within) * _pooled(ddof, curves) / mean, np.sqrt(between) / mean, np.sqrt(within) / mean,
+    R, seeds = len(curves.model), np.bincount(curves.model)[:, None]
+    pooled = R / max(R - ddof, 1)                                                       # one run has Δ = 0
+    bessel = np.where(seeds > 1, seeds / np.maximum(seeds - ddof, 1), np.nan)           # one seed has no noise floor
+    return Spread(mean, np.sqrt((between + within) * pooled) / mean, np.sqrt(between) / mean, np.sqrt(within) / mean,
                   np.sqrt(variance * bessel) / level)
-
-
-def _pooled(ddof, curves):
-    """Factor from the standard deviation over all runs with ddof 0 to that with `ddof`."""
-    R = len(curves.model)
-    return np.sqrt(R / (R - ddof)) if R > ddof else np.nan
 
 
 def onset(x, delta, sigma):
@@ -164,16 +159,14 @@ def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
     with replacement lowers their variance to (n-1)/n and adds noise to the mean of the model. Both parts of Δ are corrected for
     this, and the draws of σ are scaled to the σ of the log. Every model needs two seeds.
     """
-    rng, seeds = np.random.default_rng(seed), np.bincount(curves.model)
-    L0 = np.full(draws, law.L0 if fixed_L0 is None else fixed_L0)
-    if fixed_L0 is None:
-        losses, _ = scaling_law.resampled_losses(points, law, draws, np.random.default_rng(seed))
-        L0 = np.minimum(scaling_law.fit_batch(points.compute, losses, law)['L0'], curves.loss[:, -1].min() * (1 - 1e-6))
+    rng, seeds, R = np.random.default_rng(seed), np.bincount(curves.model), len(curves.model)
+    L0 = np.full(draws, fixed_L0) if fixed_L0 is not None else np.minimum(
+        scaling_law.bootstrap(points, law, draws, seed)[0]['L0'], curves.loss[:, -1].min() * (1 - 1e-6))
     weight = np.array([np.concatenate([np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds]) for _ in range(draws)])
     drawn = spread(curves, L0, ddof, weight=weight)
     within = drawn.within ** 2 / (1 - 1 / seeds).mean()
     between = np.maximum(drawn.between ** 2 - within / seeds.mean(), 0)
-    delta = np.sqrt(between + within) * _pooled(ddof, curves)                        # [S, K]
+    delta = np.sqrt((between + within) * R / (R - ddof))                             # [S, K]
     sigma = drawn.sigma * spread(curves, L0.mean(), ddof).sigma / drawn.sigma.mean(0)  # [S, M, K]
     mean, every_model = onset(curves.x, delta, sigma.mean(1)), onset(curves.x, delta, sigma.min(1))
     at = [round(share * (draws - 1)) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)]  # NaN, no onset, is sorted behind all x

@@ -79,14 +79,14 @@ def smooth_curves(table, lowest=None, highest=None):
     The log-loss is smoothed by local linear regression on log C with a Gaussian kernel, which leaves a power law unchanged.
     """
     table = table[table['compute'] > 0]
-    low = np.log10(lowest or table['compute'].min())
-    high = np.log10(highest or table['compute'].max())
+    low, high = np.log10([lowest or table['compute'].min(), highest or table['compute'].max()])
     if not high > low:
         raise LogError(f'no compute between {10 ** low:.3g} and {10 ** high:.3g} FLOPs')
     grid = np.linspace(low, high, int(np.ceil((high - low) * POINTS_PER_DECADE)) + 1)
-    models = [(p, np.array([np.exp(_local_line(np.log10(rows['compute'].to_numpy()), np.log(rows['test_loss'].to_numpy()), grid))
-                            for _, rows in own.groupby('run', sort=False)])) for p, own in table.groupby('num_params')]
-    return Curves(10 ** grid, np.array([p for p, _ in models]), [loss for _, loss in models])
+    table = table.assign(log_compute=np.log10(table['compute']), log_loss=np.log(table['test_loss']))
+    loss = {p: np.exp([_local_line(rows['log_compute'].to_numpy(), rows['log_loss'].to_numpy(), grid)
+                       for _, rows in of_model.groupby('run', sort=False)]) for p, of_model in table.groupby('num_params')}
+    return Curves(10 ** grid, np.array(list(loss)), list(loss.values()))
 
 
 def _local_line(x, y, grid):
@@ -96,9 +96,9 @@ def _local_line(x, y, grid):
     total, first, second = weight.sum(1), (weight * distance).sum(1), (weight * distance ** 2).sum(1)
     spread = total * second - first ** 2
     dense = (total > 3) & (spread > 1e-3 * (total * BANDWIDTH) ** 2)
+    line = ((second[:, None] - first[:, None] * distance) * weight) @ y / np.where(dense, spread, 1)
     value = np.interp(grid, x, y, left=np.nan, right=np.nan)
-    line = ((second[:, None] - first[:, None] * distance) * weight) @ y
-    return np.where(dense & np.isfinite(value), line / np.where(dense, spread, 1), value)
+    return np.where(dense & np.isfinite(value), line, value)
 
 
 def envelope(curves):
@@ -142,9 +142,8 @@ def _falling_root(x, slope):
         # At most half a window per iteration, because a root far outside the fitted window is an extrapolation.
         step = np.clip(np.divide(-level, tilt, out=np.zeros_like(level), where=crosses), -0.5, 0.5)
         centre = centre + WINDOW * step
-    first = np.where(known, x, np.inf).min(-1)
-    last = np.where(known, x, -np.inf).max(-1)
-    return np.where(crosses & (centre > first) & (centre < last), centre, np.nan)
+    inside = (centre > np.where(known, x, np.inf).min(-1)) & (centre < np.where(known, x, -np.inf).max(-1))
+    return np.where(crosses & inside, centre, np.nan)
 
 
 def _staircase_points(curves):
@@ -181,14 +180,13 @@ def notes(curves, found):
         said.append(f'the line is fitted to {len(found.p)} tangent points only; more widths narrow the interval of the exponent')
     if found.staircase is None or found.exponent_ci[0] <= found.staircase['exponent'] <= found.exponent_ci[1]:
         return said
-    text = (f'the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}, outside the 90% interval of the '
-            'tangent points')
+    reason = '. Its points are correlated, and it has no interval of its own'
     log_p, log_compute, early = _staircase_points(curves)
     if early.any() and len(np.unique(log_p[~early])) > 1:
-        without = _line_fit(log_p[~early], log_compute[~early])[1]
-        return said + [f'{text}: {early.sum()} of its {len(early)} points lie where a smaller model becomes the best one again at '
-                       f'a larger compute. Without them it gives {without:.2f}']
-    return said + [f'{text}. Its points are correlated, and it has no interval of its own']
+        reason = (f': {early.sum()} of its {len(early)} points lie where a smaller model becomes the best one again at a larger '
+                  f'compute. Without them it gives {_line_fit(log_p[~early], log_compute[~early])[1]:.2f}')
+    return said + [f'the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}, outside the 90% interval of the '
+                   f'tangent points{reason}']
 
 
 def _line_fit(log_p, log_compute):

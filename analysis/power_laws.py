@@ -25,50 +25,40 @@ TWO_TERMS = Terms((0.5, 0.0), (0.0, 0.5), (1.0, 1.0))  # fig. 5b, row 1: γ* = �
 MODELS = np.geomspace(10, 1e9, 9)                        # p of fig. 5b
 
 
-def loss(terms, t, p, L0=0.0):
-    """L(t, p), eq. 8. t and p broadcast."""
-    return L0 + sum(a * t ** -mu * p ** -nu for mu, nu, a in zip(*terms, strict=True))
+def loss(terms, t, p):
+    """L(t, p) - L0, eq. 8. t and p broadcast."""
+    return sum(a * t ** -mu * p ** -nu for mu, nu, a in zip(*terms, strict=True))
 
 
 def phase(alpha, beta):
-    """Name of the phase of the power-law random features model with data exponents α, β (Paquette et al. 2024, fig. 2)."""
+    """(name, η in p* ∝ c^η at compute c) of the phase of power-law random features with data exponents α, β."""
     if alpha > 0.5:
-        return 'Ia' if beta < 0.5 else 'II' if beta < alpha else 'III'
+        if beta < 0.5:
+            return 'Ia', 1 / (2 * alpha + 1)
+        return ('II', beta / (alpha + beta)) if beta < alpha else ('III', 0.5)
     if beta < 0.5:
-        return 'Ib'
+        return 'Ib', 0.5
     if alpha > 1 - np.sqrt(0.5):
-        return 'IVa'
-    return 'Ic' if alpha < 0.25 else 'IVb'
-
-
-def parameter_exponent(alpha, beta):
-    """The η of the phase, in p* ∝ c^η at compute c."""
-    name = phase(alpha, beta)
-    if name == 'Ia':
-        return 1 / (2 * alpha + 1)
-    if name == 'II':
-        return beta / (alpha + beta)
-    if name == 'Ic':
-        return (1 - 2 * (alpha + beta)) / (2 * (alpha * (2 * beta - 3) - 2 * beta + 1))
-    if name == 'IVb':
-        return (alpha - beta) / (2 * alpha * beta + alpha - 2 * beta)
-    return 0.5
+        return 'IVa', 0.5
+    if alpha < 0.25:
+        return 'Ic', (1 - 2 * (alpha + beta)) / (2 * (alpha * (2 * beta - 3) - 2 * beta + 1))
+    return 'IVb', (alpha - beta) / (2 * alpha * beta + alpha - 2 * beta)
 
 
 def data_exponent(alpha, beta):
     """γ* in t* ∝ p^γ*. It is (1 - η)/η, from p ∝ c^η and t = c/(6p)."""
-    eta = parameter_exponent(alpha, beta)
+    _, eta = phase(alpha, beta)
     return (1 - eta) / eta
 
 
 def phase_terms(alpha, beta):
     """The Terms F0, Fpp and Fac of the loss in phase II (α > ½, ½ <= β < α), with coefficients 1. ValueError in other phases."""
-    if phase(alpha, beta) != 'II':
-        raise ValueError(f'alpha={alpha:g}, beta={beta:g} is phase {phase(alpha, beta)}; these three terms are those of phase '
-                         'II: alpha > 1/2 and 1/2 <= beta < alpha')
-    floor = 2 * alpha - max(0.0, 1 - 2 * beta)
+    name, _ = phase(alpha, beta)
+    if name != 'II':
+        raise ValueError(f'alpha={alpha:g}, beta={beta:g} is phase {name}; the terms are those of phase II, with alpha > 1/2 and '
+                         '1/2 <= beta < alpha')
     tail = 1 / (2 * alpha)
-    return Terms((0.0, 1 + beta / alpha - tail, 1 - tail), (floor, 0.0, 1.0), (1.0, 1.0, 1.0))
+    return Terms((0.0, 1 + beta / alpha - tail, 1 - tail), (2 * alpha, 0.0, 1.0), (1.0, 1.0, 1.0))
 
 
 def normalised(terms, gamma, p, x):
@@ -128,10 +118,10 @@ def notes(table, found, late=0.3):
     """
     gamma, points = found.exponent - 1, mean_curves(table)
     whole = fit_joint(*points)
-    low, high = np.array(found.exponent_ci or [found.exponent] * 2) - 1
-    if low <= whole.nu / whole.mu <= high:
+    low, high = found.exponent_ci or [found.exponent] * 2
+    if low <= 1 + whole.nu / whole.mu <= high:
         return []
-    held, end = fit_joint(*points, ratio=gamma), fit_joint(*mean_curves(table, from_share=late))
+    held, end = fit_joint(*points, ratio=gamma), fit_joint(*mean_curves(table, late))
     variances = [seeds.var(ddof=1) / len(seeds) / seeds.mean() ** 2 for seeds in optimal_points(table).losses if len(seeds) > 1]
     beside = f', {whole.error / np.sqrt(np.mean(variances)):.1f} times the noise of the seed means' if variances else ''
     return [f'ν/µ = {whole.nu / whole.mu:.2f} of the joint fit is not γ = {gamma:.2f} of the horizon fit: a sum of two power laws '
@@ -140,12 +130,12 @@ def notes(table, found, late=0.3):
             f'misfit of the whole curves is {held.error:.2%}']
 
 
-def mean_curves(table, from_share=0.02, points=60):
-    """(t, p, L) [n] of the seed-mean loss curves at log-spaced tokens, from `from_share` of each horizon on.
+def mean_curves(table, from_x=0.02):
+    """(t, p, L) [n] of the seed-mean loss curves at log-spaced tokens, from x = from_x of each horizon on.
 
     The start of training is left out, because early transients are not power laws (fig. 5a leaves out 1B tokens).
     """
-    curves = collapse.curves(table, np.geomspace(from_share, 1, points))
+    curves = collapse.curves(table, np.geomspace(from_x, 1, 60))
     tokens = optimal_points(table).compute / (6 * curves.p)
     mean = np.array([curves.loss[curves.model == m].mean(0) for m in range(len(curves.p))])
     return np.outer(tokens, curves.x).ravel(), np.repeat(curves.p, len(curves.x)), mean.ravel()

@@ -5,20 +5,16 @@
 The loss and the normalised loss ℓ are compared (eq. 1, with the L0 of the whole published ladder).
 """
 
-import numpy as np
-
 from analysis import collapse, scaling_law
 from analysis.table import LogError, runs, select
-
-AT = np.arange(1, 11) / 10
 
 
 def same_model(table, published):
     """The published runs with the model and schedule of the table. Raises LogError if there are none, or if the horizons differ."""
     ends = runs(table)
     if ends['num_params'].nunique() > 1:
-        raise LogError(f'one model is compared at a time, and the log has D = {sorted(ends["D"].astype(int).unique())}; choose one '
-                       'with --where D=…')
+        raise LogError(f'one model is compared at a time, and the log has {ends["num_params"].nunique()}; choose one with '
+                       '--where D=…')
     wanted = {column: ends[column].iloc[0] for column in ('num_params', 'schedule', 'peak_lr', 'B')
               if column in ends and column in published and ends[column].notna().all()}
     same = select(published, **wanted)
@@ -28,18 +24,17 @@ def same_model(table, published):
     return same
 
 
-def compare(table, same, L0, x=AT):
-    """{name: [K]} at normalised compute x.
+def compare(table, same, L0, x=collapse.GRID[9::10]):
+    """{name: [K]} at normalised compute x. Raises LogError if a log begins after the first x.
 
     loss, published, sd, off: our mean over seeds, the published mean and standard deviation over seeds (ddof 1), and the difference
     in standard deviations. normalised, normalised_published, distance, noise: the same for ℓ (eq. 1), with the difference and the
     deviation relative to the published mean. each_seed, each_distance [S, K]: relative differences of the published seeds.
-    Raises LogError if a log begins after the first x.
     """
     ours, theirs = collapse.curves(table, x), collapse.curves(same, x)
-    if len(ours.x) < len(x) or len(theirs.x) < len(x):
+    if min(len(ours.x), len(theirs.x)) < len(x):
         raise LogError(f'both logs must begin by x = {min(x):g}')
-    seeds, own = collapse.normalise(theirs, L0), collapse.normalise(ours, L0).mean(0)
+    own, seeds = collapse.normalise(ours, L0).mean(0), collapse.normalise(theirs, L0)
     loss, mean, sd = ours.loss.mean(0), theirs.loss.mean(0), theirs.loss.std(0, ddof=1)
     return {'x': ours.x, 'loss': loss, 'published': mean, 'sd': sd, 'off': (loss - mean) / sd,
             'each_seed': theirs.loss / mean - 1, 'normalised': own, 'normalised_published': seeds.mean(0),
@@ -50,5 +45,4 @@ def compare(table, same, L0, x=AT):
 def evaluations(table, from_x=0.01):
     """Normalised compute of the evaluations of the first run, from `from_x` to 1."""
     C = table[table['run'] == table['run'].iloc[0]]['compute'].to_numpy()
-    x = C / C[-1]
-    return x[x >= from_x]
+    return C[C >= from_x * C[-1]] / C[-1]

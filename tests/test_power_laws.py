@@ -36,12 +36,9 @@ def test_phases_meet_at_their_borders():
     """The parameter exponent is continuous where two phases meet, as an optimum must be."""
     near = 1e-6
     for alpha, beta in [(0.8, 0.8), (0.3, 0.5)]:                                      # II | III; Ib | IVa or IVb
-        if alpha > 0.5:
-            left, right = (alpha, beta - near), (alpha, beta + near)
-        else:
-            left, right = (alpha, beta - near), (alpha, beta + near)
-        assert power_laws.parameter_exponent(*left) == pytest.approx(power_laws.parameter_exponent(*right), abs=1e-5)
-    assert power_laws.phase(0.6, 0.4) == 'Ia' and power_laws.phase(0.2, 0.6) == 'Ic'
+        (left, eta), (right, other) = (power_laws.phase(alpha, beta + side) for side in (-near, near))
+        assert left != right and eta == pytest.approx(other, abs=1e-5)
+    assert power_laws.phase(0.6, 0.4)[0] == 'Ia' and power_laws.phase(0.2, 0.6)[0] == 'Ic'
     assert power_laws.data_exponent(0.7, 0.9) == 1
     with pytest.raises(ValueError, match='phase III'):
         power_laws.phase_terms(0.6, 0.7)
