@@ -1,6 +1,7 @@
 """The commands of the paper's analysis: collapse, horizon, schedules, reproduced."""
 
 import numpy as np
+import pandas as pd
 
 from analysis import collapse as collapsing
 from analysis import horizon as horizons
@@ -9,7 +10,7 @@ from analysis import scaling_law
 from analysis import schedules as scheduling
 from analysis.table import clean, load, runs
 from figures import commands
-from figures.tables import onset_text, value_range
+from figures.tables import onset_text, summary, value_range
 
 
 def _finish(args, result, lines, notes, panel, *drawn):
@@ -18,6 +19,11 @@ def _finish(args, result, lines, notes, panel, *drawn):
         from figures import panels
         commands.save(lambda: getattr(panels, panel)(*drawn), args.out)
     commands.report(args, result, lines, notes)
+
+
+def _text(rows):
+    """A data frame, or what makes one, as text."""
+    return pd.DataFrame(rows).to_string(index=False, float_format='{:.4g}'.format, na_rep='–')
 
 
 def reproduced(argv):
@@ -48,22 +54,17 @@ def collapse(argv):
     result, more = collapsing.analyse(table, args.L0, args.ddof)
     widths = sorted(table['D'].dropna().astype(int).unique().tolist()) if 'D' in table else None
     result |= {'duplicates_dropped': copies, 'widths': widths}
-    fit, seeds, worst, odd = (result[key] for key in ('fit', 'seeds_per_model', 'worst_model', 'worst_run'))
+    seeds, worst, odd = (result[key] for key in ('seeds_per_model', 'worst_model', 'worst_run'))
+    at = [np.abs(result['x'] - x).argmin() for x in (0.5, 0.9)]
     lines = [collapsing.verdict_in_words(result),
-             f'{len(seeds)} models, seeds per model: {value_range(seeds)}; L = L0 + a·(C/1e15)^(-b):',
-             *(f'  {k:3} {fit[k]:.5g}{commands.bracket(fit[f"{k}_ci"])}' for k in ('a', 'b', 'L0'))]
-    for i in (np.abs(result['x'] - x).argmin() for x in (0.5, 0.9)):
-        sigma = f', σ {result["sigma"][i]:.5f}' if np.isfinite(result['sigma'][i]) else ''
-        lines.append(f'x = {result["x"][i]:.2f}: Δ {result["delta"][i]:.5f} (between models {result["between"][i]:.5f}, within '
-                     f'{result["within"][i]:.5f}){sigma}')
-    if result['supercollapse_from_ci']:
-        lines += [f'onset of Δ < σ, {which}: {onset_text(result[key], result[f"{key}_ci"])}' for which, key in (
-            ('averaged over models', 'supercollapse_from'), ('of every model', 'supercollapse_from_every_model'))]
+             f'{len(seeds)} models, seeds per model: {value_range(seeds)}; L = L0 + a·(C/1e15)^(-b):', _text(summary(result)),
+             'tolerance Δ, its parts between and within models, noise floor σ:',
+             _text({name: result[name][at] for name in ('x', 'delta', 'between', 'within', 'sigma')})]
     if result['L0_sensitivity']:
         each = zip(*result['L0_sensitivity'].values(), strict=True)
-        lines.append('onset with other L0: ' + ', '.join(f'{onset_text(x)} with {L:.4g}' for L, x in each))
-    lines += [f'farthest from the mean curve: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
-              f'farthest from its own model: run {odd["run"]} ({odd["departure"]:.2%})']
+        lines.append('Δ < σ averaged over models from x = ' + ', '.join(f'{onset_text(x)} with L0 {L:.4g}' for L, x in each))
+    lines.append(f'farthest from the mean curve: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
+                 f'farthest from its own model: run {odd["run"]} ({odd["departure"]:.2%})')
     _finish(args, result, lines, notes + more, 'collapse', table, result)
 
 
@@ -76,10 +77,8 @@ def horizon(argv):
     table, more = horizons.constant_rate(table)
     curves = horizons.smooth_curves(table, args.min_compute, args.max_compute)
     result = horizons.fit(curves)
-    lines = [f'C* = (p / scale)^exponent · 1e15 FLOPs from {len(result.p)} tangent points of {len(curves.p)} models',
-             f'scale     {result.scale:.6g}{commands.bracket(result.scale_ci)}',
-             f'exponent  {result.exponent:.4f}{commands.bracket(result.exponent_ci)}   (data exponent γ = exponent - 1)',
-             f'R²        {result.r2:.5f}']
+    lines = [f'C* = (p / scale)^exponent · 1e15 FLOPs from {len(result.p)} tangent points of {len(curves.p)} models; data exponent '
+             'γ = exponent - 1:', _text(summary(result))]
     if result.staircase:
         lines.append('fit to the steps of the envelope, as in the paper: scale {scale:.6g}, exponent {exponent:.4f}'.format(
             **result.staircase))
@@ -91,17 +90,10 @@ def schedules(argv):
     args = commands.parser(scheduling.__doc__.splitlines()[0], 'schedules').parse_args(argv)
     table, notes, copies = commands.read(args)
     result, more = scheduling.analyse(table)
-    lines = [f'{name:9} {result[key]:.4f} ± {result[f"{key}_se"]:.4f}{commands.bracket(result[f"{key}_ci"])}   ({note})'
-             for name, key, note in (
-                 ('alpha', 'alpha', f'theory {scheduling.THEORY}'),
-                 ('published', 'alpha_published', f'with the trace as logged; the paper sets {scheduling.HAND_SET}'))]
-    lines += [f'rmse      {result["rmse"]:.3g} over {result["runs"]} runs; with the second term of eq. 15 '
-              f'{result["with_second_term"]["rmse"]:.3g}',
-              'mean absolute error relative to the drop that the decay causes, α fitted on the other schedules',
-              f'(α={scheduling.HAND_SET} with the trace as logged, the other α with the unbiased trace):',
-              f'{"schedule":12} {"decay":>6} {"runs":>5} {"alpha":>7} {"error":>7} {"α=0.26":>7} {"α=0.25":>7} {"α=0":>7}']
-    row = ('{schedule:12} {decay_frac:6g} {runs:5d} {alpha_without:7.4f} {error:7.3f} {hand_set:7.3f} {theory:7.3f} '
-           '{no_noise_term:7.3f}')
-    lines += [row.format(**errors) for errors in result['leave_one_schedule_out']]
+    lines = [f'theory: α = {scheduling.THEORY}; the paper sets {scheduling.HAND_SET} by hand, with the trace as logged',
+             _text(summary(result)),
+             f'with the second term of eq. 15 the rms error is {result["with_second_term"]["rmse"]:.3g}',
+             'mean absolute error relative to the drop that the decay causes: with α fitted on the other schedules, with the two α '
+             'above, and with α = 0:', _text(result['leave_one_schedule_out'])]
     _finish(args, result | {'duplicates_dropped': copies}, lines, notes + more,
             'schedules', scheduling.align(table)[0], result['alpha'])

@@ -36,9 +36,10 @@ def summary(result):
     values = values | values.pop('fit', {})
     rows = []
     for key, quantity in QUANTITIES.items():
-        if isinstance(values.get(key), (int, float)):
-            ci = values.get(f'{key}_profile_ci') or values.get(f'{key}_ci') or values.get(f'{key}_90')
-            text = onset_text if key.startswith('supercollapse') else number
+        ci = values.get(f'{key}_profile_ci') or values.get(f'{key}_ci') or values.get(f'{key}_90')
+        onset = key.startswith('supercollapse')  # without seeds it has no interval and cannot be decided
+        if isinstance(values.get(key), (int, float)) and (ci or not onset):
+            text = onset_text if onset else number
             rows.append((quantity, text(values[key]), f'[{text(ci[0])}, {text(ci[1])}]' if ci else ''))
     return pd.DataFrame(rows, columns=['quantity', 'value', '90% interval'])
 
