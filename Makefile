@@ -18,7 +18,7 @@ setup: .venv/complete ## build .venv from requirements.lock (Python 3.11 or newe
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
-demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (about 2 minutes on 2 cores)
+demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (3 minutes on 2 idle cores)
 	$(RUN) -m experiments.run experiments/demo.yaml
 	$(RUN) -m figures collapse runs/demo --out runs/demo/collapse.png
 

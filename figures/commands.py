@@ -12,7 +12,7 @@ from analysis import table as logs
 
 def parser(description, name, figure=True):
     """The argument parser of one command, with LOG, --where, the widths, --json and, if it draws, --out."""
-    parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=description)
+    parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=description, allow_abbrev=False)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
                        help='keep only these runs, e.g. --where schedule=linear (can be repeated)')

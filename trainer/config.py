@@ -337,7 +337,7 @@ def _check_combinations(cfg):
 def suggest(word, choices) -> str:
     """'; did you mean X?' with the closest of the choices, or '' if none is close. A dotted choice may lack its first part."""
     by_name = {choice.rpartition('.')[2]: choice for choice in choices} | {choice: choice for choice in choices}
-    close = difflib.get_close_matches(word, by_name, n=1)
+    close = [name for name in by_name if name.lower() == word.lower()] or difflib.get_close_matches(word, by_name, n=1)
     return f'; did you mean {by_name[close[0]]}?' if close else ''
 
 
