@@ -44,7 +44,7 @@ def train(run, on_steps=lambda steps, metrics: None) -> list[dict]:
         wandb_logger.log_in(run)
     summaries = [run_folder.send_to_wandb_again(run, summary) for summary in ended.values() if summary]
     for summary in summaries:
-        note(f"seed {summary['seed']}: already {summary['state']} in an earlier session; delete {summary['folder']} to train it again")
+        note(f"seed {summary['seed']}: already {summary['state']}; to train it again, delete {summary['folder']}")
     if seeds:
         with run_folder.locked([run.folder(seed) for seed in seeds]):
             summaries += train_seeds(run, task, seeds, monitor, on_steps)
