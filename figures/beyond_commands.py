@@ -20,9 +20,6 @@ SHOWN_X = (0.1, 0.3, 0.5, 1)  # at which a forecast is printed
 MAX_OBJECTIVE_RATIO = 30
 
 
-# ---- forecast ------------------------------------------------------------------------------------------------------
-
-
 def forecast(argv):
     """Print a larger model's loss curve, forecast from a log of smaller ones, and draw it."""
     parse = commands.parser(forecasting.__doc__.splitlines()[0], 'forecast')
@@ -56,44 +53,38 @@ def forecast(argv):
     commands.report(args, result | {'duplicates_dropped': copies}, _forecast_lines(result), notes + more)
 
 
-def _forecast_lines(result):
-    """A forecast as text."""
-    names = ['mean', 'lo50', 'hi50', 'lo90', 'hi90']
-    at = [int(np.argmin(np.abs(result['x'] - x))) for x in SHOWN_X]
-    curve = pd.DataFrame({name: result[name][at] for name in ['x', *names]}).rename(columns={'mean': 'median'})
-    final = pd.DataFrame(result['budgets'])[['times', *names, 'p']].rename(columns={'mean': 'median'})
-    hours = f', {result["hours"]:.3g} hours' if result['hours'] else ''
-    out = [f'{len(result["ladder"])} models up to p = {result["ladder"][-1]:.6g} forecast p = {result["num_params"]:.6g}: '
-           f'{result["compute"]:.4g} FLOPs ({result["times_compute"]:.3g} times the largest), {result["tokens"]:.4g} tokens{hours}',
-           f'L0 {result["L0"]:.4g}{commands.bracket(result["L0_90"])}; the bands are for the mean of {result["seeds"]} run(s)',
-           'loss at x = C/C*, with its 50% and 90% intervals:', _text(curve, x='.2f'),
-           'final loss of a compute-optimal model at multiples of the ladder\'s largest compute:', _text(final, p='.6g')]
-    if error := result['error']:
-        rows = {'forecast': error, **error['baselines']}
-        table = pd.DataFrame([{'': name, 'median': row['reducible_median'], 'worst': row['reducible_worst'], 'final': row['final']}
-                              for name, row in rows.items()])
-        out += [f'error relative to L - L0 for x >= {forecasting.ERRORS_FROM_X} (L0 = {error["L0"]:.4g}, from the whole log):',
-                _text(table, '.2%'), f'the 90% band holds {error["covered90"]:.0%} of the curve']
-    return out
-
-
-def _split_lines(rows):
-    """The errors of every split as text."""
-    names = {'models': 'models', 'p': 'p of target', 'times_compute': 'compute', 'reducible_median': 'median',
-             'reducible_worst': 'worst', 'final': 'final', 'baseline_final': 'power law', 'covered90': 'in the 90% band'}
-    table = pd.DataFrame(rows)[[*names]].rename(columns=names)
-    formats = {'p of target': '.6g', 'compute': '.3g', 'in the 90% band': '.0%'}
-    errors = {name: f'{value:{formats.get(name, ".2%")}}' for name, value in table.iloc[:, 3:].mean().items()}
-    return [_text(table, '.2%', **formats), 'mean: ' + ', '.join(f'{name} {value}' for name, value in errors.items())]
-
-
 def _text(table, default='.5f', **formats):
     """A data frame as text: each column of numbers by its format, or by the default."""
     return table.to_string(index=False, float_format=f'{{:{default}}}'.format,
                            formatters={name: f'{{:{form}}}'.format for name, form in formats.items()})
 
 
-# ---- watch ---------------------------------------------------------------------------------------------------------
+def _forecast_lines(result):
+    """A forecast as text."""
+    bands = ['mean', 'lo50', 'hi50', 'lo90', 'hi90']
+    at = [int(np.argmin(np.abs(result['x'] - x))) for x in SHOWN_X]
+    curve = pd.DataFrame({name: result[name][at] for name in ['x', *bands]})
+    final = pd.DataFrame(result['budgets'])[['times', *bands, 'p']]
+    hours = f', {result["hours"]:.3g} hours' if result['hours'] else ''
+    out = [f'{len(result["ladder"])} models up to p = {result["ladder"][-1]:.6g} forecast p = {result["num_params"]:.6g}: '
+           f'{result["compute"]:.4g} FLOPs ({result["times_compute"]:.3g} times the largest), {result["tokens"]:.4g} tokens{hours}',
+           f'L0 {result["L0"]:.4g}{commands.bracket(result["L0_90"])}; the bands are for the mean of {result["seeds"]} run(s)',
+           'loss at x = C/C*, its median and its 50% and 90% intervals:', _text(curve.rename(columns={'mean': 'median'}), x='.2f'),
+           'final loss of a compute-optimal model at multiples of the ladder\'s largest compute:',
+           _text(final.rename(columns={'mean': 'median'}), p='.6g')]
+    if error := result['error']:
+        table = pd.DataFrame([{'': name, **row} for name, row in {'forecast': error, **error['baselines']}.items()])
+        out += [f'error relative to L - L0 for x >= {forecasting.ERRORS_FROM_X} (L0 = {error["L0"]:.4g}, from the whole log):',
+                _text(table[['', 'reducible_median', 'reducible_worst', 'final']], '.2%'),
+                f'the 90% band holds {error["covered90"]:.0%} of the curve']
+    return out
+
+
+def _split_lines(rows):
+    """The errors of every split as text, and their means."""
+    errors = ['reducible_median', 'reducible_worst', 'final', 'baseline_final', 'covered90']
+    table = pd.DataFrame(rows)[['models', 'p', 'times_compute', *errors]]
+    return [_text(table, '.2%', p='.6g', times_compute='.3g'), 'mean', _text(table[errors].mean().to_frame().T, '.2%')]
 
 
 def watch(argv):
@@ -150,9 +141,6 @@ def _watch_lines(result):
     return out
 
 
-# ---- schedule-laws -------------------------------------------------------------------------------------------------
-
-
 def schedule_laws(argv):
     """Print the errors of two schedule laws on the curves that they were not fitted to, and draw them."""
     parse = commands.parser(laws.__doc__.splitlines()[0], 'schedule-laws')
@@ -185,5 +173,4 @@ def _law_lines(fitted, fits, rows, means):
     out = [f'{one.law.name}: ' + ', '.join(f'{name} {value:.4g}' for name, value in zip(one.law.names, one.values, strict=True))
            for one in fits]
     table = pd.concat([pd.DataFrame(rows).sort_values('curve', kind='stable'), means.reset_index().assign(curve='MEAN')])
-    table = table.rename(columns={'r2': 'R²', 'mae': 'MAE', 'rmse': 'RMSE', 'worst': 'worst relative'})
     return [*out, f'fitted on {", ".join(fitted)}; errors on the unseen curves, in units of the loss:', _text(table)]

@@ -79,27 +79,23 @@ def _draw_bands(axis, x, bands, **line):
 
 def watch(result):
     """Figure of a run so far beside its ladder's forecast: the loss, and the collapse residual, each with its 90% band."""
-    expected, x, off = result['expected'], result['x'], np.isfinite(result['alarm'])
+    expected, off = result['expected'], np.isfinite(result['alarm'])
+    residual = np.full(len(expected.x), np.nan)
+    residual[np.searchsorted(expected.x, result['x'])] = result['residual']
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.5))
-
-    def loss_of(residual, k=slice(None)):
-        return expected.loss[k] + residual * expected.reducible[k]
-
-    band = {'color': style.BLUE, 'alpha': 0.2, 'lw': 0}
-    left.fill_between(expected.x, loss_of(expected.lo90), loss_of(expected.hi90), **band, label='forecast from the ladder, 90%')
-    left.plot(expected.x, expected.loss, color=style.BLUE)
-    left.plot(x, loss_of(result['residual'], np.searchsorted(expected.x, x)), color='black', label='this run')
+    for axis, zero, unit in ((left, expected.loss, expected.reducible), (right, 0 * expected.loss, 100)):
+        axis.fill_between(expected.x, zero + unit * expected.lo90, zero + unit * expected.hi90, color=style.BLUE, alpha=0.2, lw=0,
+                          label='forecast from the ladder, 90%')
+        axis.plot(expected.x, zero, color=style.BLUE)
+        axis.plot(expected.x, zero + unit * residual, '.-', ms=4, color='black', label='this run')
+        axis.set_xlabel('normalised compute x = C/C*')
     left.errorbar([1], [result['forecast']], yerr=result['forecast_hi90'] - result['forecast'], fmt='o', ms=4, color=style.RED,
                   capsize=3, label=f'forecast of its end at x = {result["now"]:.2f} (90%)')
-    left.set(yscale='log', xlabel='normalised compute x = C/C*', ylabel='test loss')
+    left.set(yscale='log', ylabel='test loss')
+    left.legend()
     style.plain_log(left.yaxis)
-    right.fill_between(expected.x, 100 * expected.lo90, 100 * expected.hi90, **band, label='90% band')
-    right.axhline(0, color=style.BLUE, lw=0.8)
-    right.plot(x, 100 * result['residual'], '.-', ms=4, color='black', label='collapse residual')
     if off:
         right.axvline(result['alarm'], color=style.RED, lw=1)
-    right.set(xlabel='normalised compute x = C/C*', ylabel='% of the reducible loss', xlim=(0, 1),
+    right.set(ylabel='collapse residual\n(% of the reducible loss)',
               title=f'off its ladder from x = {result["alarm"]:.2g}' if off else 'on track')
-    for axis in (left, right):
-        axis.legend()
     return figure

@@ -60,7 +60,7 @@ def test_fitted_noise_is_the_planted_noise():
     """200 seeds of three models: the covariance to 20% and the tilt to 0.05, about three standard errors of each."""
     planted = covariance_of(constant=1e-4, correlated=3e-4, white=2e-4, tilt=-0.4)
     ladder = ladder_of(np.random.default_rng(0), planted, models=3, seeds=200)
-    *variances, tilt = ladder_field.fit_noise(ladder, 1.0, X)
+    *variances, tilt = ladder_field.fit_noise(ladder, 1.0)
     np.testing.assert_allclose(covariance_of(*variances, tilt), planted, rtol=0.2)
     assert tilt == pytest.approx(-0.4, abs=0.05)
 
@@ -68,7 +68,7 @@ def test_fitted_noise_is_the_planted_noise():
 def test_no_noise_is_fitted_without_two_different_seeds():
     single = ladder_of(np.random.default_rng(0), covariance_of(white=2e-4), seeds=1)
     copied = single._replace(losses=[np.repeat(L, 2, 0) for L in single.losses])
-    assert ladder_field.fit_noise(single, 1.0, X) is None and ladder_field.fit_noise(copied, 1.0, X) is None
+    assert ladder_field.fit_noise(single, 1.0) is None and ladder_field.fit_noise(copied, 1.0) is None
 
 
 @pytest.mark.parametrize('shared', [0.0, 2.0])

@@ -252,7 +252,7 @@ def test_the_figure_shows_the_run_where_it_was_evaluated(few_runs):
     figure = beyond_panels.watch({'expected': expected, 'x': reading.x, 'residual': reading.residual, 'now': 1.0, 'forecast': 0.2,
                                   'forecast_hi90': 0.21, 'alarm': np.nan})
     own, = [line for line in figure.axes[0].lines if line.get_label() == 'this run']
-    np.testing.assert_allclose(own.get_ydata(), expected.loss[late], rtol=1e-9)
+    np.testing.assert_allclose(own.get_ydata(), np.where(late, expected.loss, np.nan), rtol=1e-9)
 
 
 def test_training_records_what_the_command_prints(tmp_path):

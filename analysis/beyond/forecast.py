@@ -33,9 +33,6 @@ class Target(NamedTuple):
     observed: np.ndarray  # [K] the same at the knots, NaN where the forecast may not use it
 
 
-# ---- targets -------------------------------------------------------------------------------------------------------
-
-
 def params_of(table, wanted):
     """Parameters of a target 'p=…' or 'D=…'. For a width that is not in the log, a·D² + b·D + c is fitted to those that are."""
     key, _, value = wanted.partition('=')
@@ -79,13 +76,11 @@ def split(ladder, p, largest_p=np.inf, seen=0.0, tokens=None):
     p = float(ladder.p[nearest]) if in_log else p
     smaller = (ladder.p < p * 0.999) & (ladder.p <= largest_p)
     if smaller.sum() < 3:
-        raise LogError(f'{smaller.sum()} models are smaller than the target with {p:.6g} parameters; a forecast needs at least '
-                       'three')
+        raise LogError(f'a forecast needs at least three smaller models; {smaller.sum()} have fewer than {p:.6g} parameters')
     small = ladder_field.select(ladder, smaller)
     if in_log:
         if tokens:
-            raise LogError(f'--horizon: the log already holds a model with {p:.6g} parameters, and its horizon; leave --horizon '
-                           'out')
+            raise LogError(f'--horizon: the log already holds the model with {p:.6g} parameters; leave --horizon out')
         losses = ladder.losses[nearest]
         observed = np.where(ladder.x <= seen, losses.mean(0), np.nan)
         return small, Target(p, float(ladder.compute[nearest]), len(losses), ladder.mean[nearest], observed)
@@ -94,9 +89,6 @@ def split(ladder, p, largest_p=np.inf, seen=0.0, tokens=None):
                        f'{", ".join(f"{one:.6g}" for one in ladder.p)}')
     compute = 6 * p * tokens if tokens else optimal_compute(small, p)
     return small, Target(p, float(compute), 1, None, np.full(len(ladder.x), np.nan))
-
-
-# ---- forecasts -----------------------------------------------------------------------------------------------------
 
 
 def forecast(ladder, target):
@@ -130,21 +122,13 @@ def change_schedule(table, target, draws, x, name, alpha, spread, horizon_ratio=
     return draws._replace(loss=(draws.L0[:, None] + reducible)[:, None])
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------
-
-
-def law_of_finals(ladder):
-    """The scaling law through the final losses of a ladder."""
-    return scaling_law.fit(ladder.compute, [L[:, -1].mean() for L in ladder.losses])
-
-
 def baselines(ladder, compute):
     """Two curves [G] that need no statistical model. Both start from the scaling law fitted to final losses.
 
     'power law': the mean normalised curve of the two largest models, scaled to end on the law. 'largest shifted': the curve of the
     largest model, its reducible loss scaled by what the law gains.
     """
-    law = law_of_finals(ladder)
+    law = scaling_law.fit(ladder.compute, ladder.mean[:, -1])
     reducible = ladder.mean[-2:] - law.L0
     end, largest_end = scaling_law.predict(law, [compute, ladder.compute[-1]]) - law.L0
     normalised = (reducible / reducible[:, -1:]).mean(0)
@@ -171,7 +155,7 @@ def evaluate(x, band, curves, truth, L0, seen=0.0):
 def leave_out(table, seen_values=(0.0,), min_models=4):
     """A dict for every split of a log: the n smallest models, n >= min_models, forecast each larger one."""
     ladder, rows = ladder_field.read_ladder(table, [x for x in seen_values if x]), []
-    L0 = law_of_finals(ladder).L0
+    L0 = scaling_law.fit(ladder.compute, ladder.mean[:, -1]).L0
     for n in range(min_models, len(ladder.p)):
         for p in ladder.p[n:]:
             for seen in seen_values:
@@ -180,9 +164,6 @@ def leave_out(table, seen_values=(0.0,), min_models=4):
                 errors = evaluate(ladder.grid, band, baselines(small, target.compute), target.truth, L0, seen)
                 rows.append({'models': n, 'p': p, 'times_compute': target.compute / small.compute[-1], 'seen': seen, **errors})
     return rows
-
-
-# ---- one forecast, for the command and the notebook ------------------------------------------------------------------
 
 
 def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, schedule=None, pairs=None):
@@ -211,7 +192,8 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
               'baselines': {name: {'final': float(curve[-1]), 'curve': curve} for name, curve in curves.items()},
               'truth': target.truth, 'error': None}
     if target.truth is not None:
-        result['error'] = evaluate(small.grid, band, curves, target.truth, law_of_finals(ladder).L0, seen)
+        L0 = scaling_law.fit(ladder.compute, ladder.mean[:, -1]).L0
+        result['error'] = evaluate(small.grid, band, curves, target.truth, L0, seen)
     return result, notes
 
 

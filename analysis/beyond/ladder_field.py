@@ -47,6 +47,7 @@ NOISE_CORRELATION_LENGTH = 1.5
 # Smallest and largest value of each scale, in the order above. w and d are per nat of compute (and of x).
 SCALE_BOUNDS = np.concatenate([[[0.0, 1.5], [0.02, 1.0]], np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])])
 SINGLE_SEED_NOISE = np.array([4e-5, 4e-5, 2e-5, 0])  # used if no model has two seeds; only its shape counts, its size is sampled
+NOISE_L0 = np.arange(14) / 14   # L0 over the least loss, where the noise relative to L - L0 is fitted; in between interpolated
 MAX_PLATEAU_SHARE = 0.95      # (L - L0)/(initial loss - L0) is cut here: a larger share says only that nothing is learned yet
 SAME_SIZE_TOLERANCE = 0.01    # in log C*: models this close are one size, as horizons are rounded to whole steps
 
@@ -73,47 +74,37 @@ def read_ladder(table, extra_knots=()):
 
     Raises LogError for fewer than three models.
     """
-    knots = np.unique(np.concatenate([KNOTS, np.asarray(extra_knots, float)]))
-    curves, fine = collapse.curves(table, knots), collapse.curves(table)
-    points = scaling_law.optimal_points(table)
+    knots = np.union1d(KNOTS, extra_knots)
+    curves, points = collapse.curves(table, np.union1d(knots, collapse.GRID)), scaling_law.optimal_points(table)
     if len(points.p) < 3:
         raise LogError(f'a forecast needs a ladder of at least three models, got {len(points.p)}')
-    covered = fine.x >= curves.x[0] - 1e-9
-    mean = np.stack([fine.loss[fine.model == m][:, covered].mean(0) for m in range(len(fine.p))])
+    knot = np.isin(curves.x, knots)
+    fine = np.isin(curves.x, collapse.GRID) & (curves.x >= curves.x[knot][0])
+    losses = [curves.loss[curves.model == m] for m in range(len(points.p))]
     initial_loss = table.loc[table['compute'] == 0, 'test_loss'].median()
-    losses = [curves.loss[curves.model == m] for m in range(len(curves.p))]
-    return Ladder(curves.x, points.p, points.compute, losses, fine.x[covered], mean,
-                  float(initial_loss) if np.isfinite(initial_loss) else np.inf)
+    return Ladder(curves.x[knot], points.p, points.compute, [L[:, knot] for L in losses], curves.x[fine],
+                  np.stack([L[:, fine].mean(0) for L in losses]), float(initial_loss) if np.isfinite(initial_loss) else np.inf)
 
 
 def select(ladder, keep):
     """The Ladder of the models keep [M], given as indices or booleans."""
-    index = np.arange(len(ladder.p))[keep]
-    return ladder._replace(p=ladder.p[index], compute=ladder.compute[index], losses=[ladder.losses[i] for i in index],
-                           mean=ladder.mean[index])
-
-
-# ---- link function -------------------------------------------------------------------------------------------------
+    losses = [ladder.losses[m] for m in np.arange(len(ladder.p))[keep]]
+    return ladder._replace(p=ladder.p[keep], compute=ladder.compute[keep], losses=losses, mean=ladder.mean[keep])
 
 
 def link(loss, L0, initial_loss, kappa):
     """(z, dz/dlog(loss - L0)): the logarithm of the power law behind a loss that cannot exceed the initial loss.
 
     With k = 1/kappa,  (L - L0)^(-k) = e^(-k·z) + (initial_loss - L0)^(-k).  k = 1 is the model M4 of Alabdulmohsin et al. 2022;
-    k → ∞ is the plain logarithm. loss [H, ...]; L0, kappa [H].
+    k → ∞ is the plain logarithm. loss, L0 and kappa broadcast.
     """
-    L0, k = (np.reshape(one, np.shape(one) + (1,) * (np.ndim(loss) - 1)) for one in (L0, 1 / kappa))
-    left = 1 - np.minimum((loss - L0) / (initial_loss - L0), MAX_PLATEAU_SHARE) ** k
-    return np.log(loss - L0) - np.log(left) / k, 1 / left
+    left = 1 - np.minimum((loss - L0) / (initial_loss - L0), MAX_PLATEAU_SHARE) ** (1 / kappa)
+    return np.log(loss - L0) - np.log(left) * kappa, 1 / left
 
 
 def inverse_link(z, L0, initial_loss, kappa):
     """The reducible loss L - L0 of z; shapes as in `link`."""
-    L0, k = (np.reshape(one, np.shape(one) + (1,) * (np.ndim(z) - 1)) for one in (L0, 1 / kappa))
-    return np.exp(z - np.logaddexp(0, k * (z - np.log(initial_loss - L0))) / k)
-
-
-# ---- covariances ---------------------------------------------------------------------------------------------------
+    return np.exp(z - np.logaddexp(0, (z - np.log(initial_loss - L0)) / kappa) * kappa)
 
 
 def noise_correlations(x):
@@ -122,39 +113,20 @@ def noise_correlations(x):
     return np.stack([np.ones_like(lag), (1 + lag) * np.exp(-lag), np.eye(len(x))])
 
 
-def fit_noise(ladder, L0, x):
+def fit_noise(ladder, L0):
     """[4] noise of a run relative to the reducible loss: variances of the three parts of noise_correlations, and the tilt.
 
     The noise has covariance x^tilt · x'^tilt · Σ variance·correlation. The variances are fitted to the covariance of the seeds by
     non-negative least squares. None if no model has two seeds that differ.
     """
     deviations = np.concatenate([(L - L.mean(0)) / (L.mean(0) - L0) for L in ladder.losses])
-    square, freedom = (deviations ** 2).sum(0), sum(len(L) - 1 for L in ladder.losses)
+    square, freedom, x = (deviations ** 2).sum(0), sum(len(L) - 1 for L in ladder.losses), ladder.x
     if not square.any():
         return None
     tilt = np.polyfit(np.log(x), np.log(square + 1e-9 * square.max()), 1)[0] / 2
     covariance = (deviations / x ** tilt).T @ (deviations / x ** tilt) / freedom
     variances, _ = nnls(noise_correlations(x).reshape(3, -1).T, covariance.ravel())
     return np.append(np.maximum(variances, 1e-3 * np.trace(covariance) / len(x)), tilt)
-
-
-def _covariances_across_models(u):
-    """[3, M, M] covariances between models at u = log C*: of w, of the lasting d and of the transient d."""
-    t = np.linspace(u.min(), u.max(), 300)                                       # the random walks in 300 steps
-    step_variance = np.exp(-2 * FADING_EXPONENT * (t - np.median(u))) * (t[1] - t[0])
-    since = np.maximum(u[:, None] - t, 0)                                        # [M, 300]
-    integrated_walk = (since * step_variance) @ since.T
-    walk = ((since > 0) * step_variance) @ (since > 0).T
-    trend_and_walk = np.outer(u, u) + np.minimum.outer(u - u.min(), u - u.min())
-    return np.stack([integrated_walk, trend_and_walk, walk])
-
-
-def _covariances_along_curve(x):
-    """(lasting, transient) covariances [K, K] of d along x; both vanish at x = 1."""
-    near, far = (extreme.outer(-np.log(x), -np.log(x)) for extreme in (np.minimum, np.maximum))
-    lasting = near * far + near ** 2 * (3 * far - near) / 6                      # a cubic smoothing spline in log x
-    transient = np.minimum.outer(1 / x ** 2 - 1, 1 / x ** 2 - 1)                 # Brownian motion in 1/x²: transients fall as 1/x
-    return lasting, transient
 
 
 class Field(NamedTuple):
@@ -167,8 +139,7 @@ class Field(NamedTuple):
     least_loss: float          # of all runs: L0 lies below it
     u: np.ndarray              # [M + T] log C*, about the ladder's mean
     own_noise: np.ndarray      # [M + T] variance of a seed's own noise in the mean over seeds: 1/seeds, or 0 if all noise is shared
-    noise_L0: np.ndarray       # [G] values of L0/least_loss at which the noise was fitted
-    noise: np.ndarray          # [G, 4] the noise there, see fit_noise
+    noise: np.ndarray          # [14, 4] at L0 = NOISE_L0·least_loss, see fit_noise
     parts: np.ndarray          # [10, N, N] of g and b, w, lasting d, transient d, a seed's own noise (3), shared noise (3)
     observed: np.ndarray       # [n] indices of the observed values
 
@@ -185,33 +156,40 @@ def build_field(ladder, compute, losses=None, seeds=1):
     u = np.log(np.concatenate([ladder.compute, compute]))
     u -= u[:-T].mean()
 
-    noise_L0 = np.linspace(0, 1, 15)[:-1]
-    fitted = [fit_noise(ladder, share * least_loss, x) for share in noise_L0]
+    fitted = [fit_noise(ladder, share * least_loss) for share in NOISE_L0]
     own_noise = 1 / np.array([len(L) for L in ladder.losses] + [seeds] * T)
     if fitted[0] is None:  # with one seed a model, all noise counts as shared
-        fitted, own_noise = [SINGLE_SEED_NOISE] * len(noise_L0), 0 * own_noise
+        fitted, own_noise = [SINGLE_SEED_NOISE] * len(NOISE_L0), 0 * own_noise
+    return Field(ladder, loss, least_loss, u, own_noise, np.array(fitted), _covariance_parts(u, x, own_noise),
+                 np.flatnonzero(np.isfinite(loss)))
+
+
+def _covariance_parts(u, x, own_noise):
+    """The parts [10, N, N] of the Field for models at u = log C*: each a covariance across models times one along the curve."""
+    t = np.linspace(u.min(), u.max(), 300)                                       # the random walks in 300 steps
+    step_variance = np.exp(-2 * FADING_EXPONENT * (t - np.median(u))) * (t[1] - t[0])
+    since = np.maximum(u[:, None] - t, 0)                                        # [M + T, 300]
+    integrated_walk = (since * step_variance) @ since.T
+    walk = ((since > 0) * step_variance) @ (since > 0).T
+    trend_and_walk = np.outer(u, u) + np.minimum.outer(u - u.min(), u - u.min())
     same_size = np.isclose(u[:, None], u, rtol=0, atol=SAME_SIZE_TOLERANCE)
 
-    w, lasting_across, transient_across = _covariances_across_models(u)
-    lasting_along, transient_along = _covariances_along_curve(x)
-    correlations = noise_correlations(x)
-    constant, _, white = correlations
-    g_and_b = (np.kron(np.ones_like(w), CURVE_PRIOR_VARIANCE * white)
+    near, far = (extreme.outer(-np.log(x), -np.log(x)) for extreme in (np.minimum, np.maximum))
+    lasting = near * far + near ** 2 * (3 * far - near) / 6                      # a cubic smoothing spline in log x
+    transient = np.minimum.outer(1 / x ** 2 - 1, 1 / x ** 2 - 1)                 # Brownian motion in 1/x²: transients fall as 1/x
+    noise = noise_correlations(x)
+    constant, _, white = noise
+
+    g_and_b = (np.kron(np.ones_like(walk), CURVE_PRIOR_VARIANCE * white)
                + EXPONENT_PRIOR[1] ** 2 * np.kron(np.outer(u, u), constant))
-    parts = np.stack([g_and_b, np.kron(w, constant), np.kron(lasting_across, lasting_along),
-                      np.kron(transient_across, transient_along),
-                      *(np.kron(np.diag(own_noise), one) for one in correlations),
-                      *(np.kron(same_size, one) for one in correlations)])
-    return Field(ladder, loss, least_loss, u, own_noise, noise_L0, np.array(fitted), parts, np.flatnonzero(np.isfinite(loss)))
-
-
-# ---- likelihood and posterior ---------------------------------------------------------------------------------------
+    return np.stack([g_and_b, np.kron(integrated_walk, constant), np.kron(trend_and_walk, lasting), np.kron(walk, transient),
+                     *(np.kron(np.diag(own_noise), one) for one in noise), *(np.kron(same_size, one) for one in noise)])
 
 
 def _unpack(field, scales):
     """L0 [H], kappa [H], weights of the parts [H, 10] and tilt of the noise [H] of scales [H, 6]."""
     share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: any L0 is possible, one close to 0 is rather likely
-    *own, tilt = (np.interp(share, field.noise_L0, one) for one in field.noise.T)
+    *own, tilt = (np.interp(share, NOISE_L0, one) for one in field.noise.T)
     own = np.stack(own, -1)
     weights = np.concatenate([np.ones((len(share), 1)), np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
     return share * field.least_loss, scales[:, 1], weights, tilt
@@ -224,16 +202,15 @@ def _transform(field, L0, kappa, tilt):
     factor [H, N] by which noise is larger in z than relative to the loss, from its tilt and the slope of the link. Where a model is
     not observed, the slope is that of the model nearest in size.
     """
-    losses = np.broadcast_to(field.loss, (len(L0), *field.loss.shape))
-    z, slope = link(losses, L0, field.ladder.initial_loss, kappa)                            # [H, M + T, K]
+    L0, kappa, tilt = (one[:, None, None] for one in (L0, kappa, tilt))
+    z, slope = link(field.loss, L0, field.ladder.initial_loss, kappa)                        # [H, M + T, K]
     centre = np.nanmean(z, 1)
     value = z - centre[:, None] + EXPONENT_PRIOR[0] * field.u[:, None]
     # One value a knot determines g, whose prior is flat in the loss. It does not count in the Jacobian.
     count = np.isfinite(field.loss).sum(0)
-    log_slope = np.nanmean(np.log(slope) - np.log(field.loss - L0[:, None, None]), 1)        # [H, K]
-    jacobian = ((count - 1) * log_slope).sum(-1)
+    jacobian = ((count - 1) * np.nanmean(np.log(slope) - np.log(field.loss - L0), 1)).sum(-1)
     nearest = np.abs(field.u[:, None] - field.u[:len(field.ladder.p)]).argmin(1)
-    noise_factor = np.where(np.isfinite(slope), slope, slope[:, nearest]) * field.ladder.x ** tilt[:, None, None]
+    noise_factor = np.where(np.isfinite(slope), slope, slope[:, nearest]) * field.ladder.x ** tilt
     return (value.reshape(len(L0), -1)[:, field.observed], centre, jacobian, noise_factor.reshape(len(L0), -1))
 
 
@@ -296,17 +273,17 @@ def draw_curves(field, rng, scales, curves_per_scale=4):
     z = z.reshape(len(L0), -1, len(ladder.x))                                                 # [S, T, K]
 
     # Between the knots the curves follow the ladder's mean curve. Only the deviation from it is interpolated, linearly in log x.
-    means = np.broadcast_to(ladder.mean, (len(L0), *ladder.mean.shape))
-    mean_curve = link(means, L0, ladder.initial_loss, kappa)[0].mean(1)                       # [S, G]
+    L0, kappa, tilt = (one[:, None, None] for one in (L0, kappa, tilt))
+    mean_curve = link(ladder.mean, L0, ladder.initial_loss, kappa)[0].mean(1, keepdims=True)  # [S, 1, G]
     knots, grid = np.log(ladder.x), np.log(ladder.grid)
     at_knots, at_grid = (np.stack([np.interp(new, old, one) for one in np.eye(len(old))])     # linear interpolation as matrices
                          for new, old in ((knots, grid), (grid, knots)))
-    deviation = (z - (mean_curve @ at_knots)[:, None]) @ at_grid                              # [S, T, G]
+    deviation = (z - mean_curve @ at_knots) @ at_grid                                         # [S, T, G]
 
     white_variance = weights[:, 6:7] * field.own_noise[len(ladder.p):] + weights[:, 9:]       # [S, T] at x = 1
-    white_noise = np.sqrt(white_variance)[..., None] * ladder.grid ** tilt[:, None, None] * rng.normal(size=deviation.shape)
-    reducible = inverse_link(mean_curve[:, None] + deviation, L0, ladder.initial_loss, kappa) * np.exp(white_noise)
-    return Draws(L0, L0[:, None, None] + reducible)
+    white_noise = np.sqrt(white_variance)[..., None] * ladder.grid ** tilt * rng.normal(size=deviation.shape)
+    reducible = inverse_link(mean_curve + deviation, L0, ladder.initial_loss, kappa) * np.exp(white_noise)
+    return Draws(L0[:, 0, 0], L0 + reducible)
 
 
 def posterior_curves(ladder, compute, observed=None, seeds=1, scales=None):

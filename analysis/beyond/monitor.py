@@ -84,9 +84,6 @@ def read(expected, x, loss, alarm_level=DEFAULT_ALARM_LEVEL):
     return Reading(expected.x[k], residual, p_value, alarm, final, final - half, final + half)
 
 
-# ---- a run that is still training ------------------------------------------------------------------------------------
-
-
 def horizon_compute(table):
     """FLOPs at the end of the run, from its configuration. Raises LogError if that does not say."""
     end = table.reindex(columns=['opt_compute', 'num_params', 'T']).iloc[-1].astype(float)
@@ -129,9 +126,6 @@ def analyse(table, ladder_table, tokens=None, level=None):
     k = np.searchsorted(expected.x, reading.x)
     return reading._asdict() | {'lo90': expected.lo90[k], 'hi90': expected.hi90[k], 'level': level, 'now': float(min(x[-1], 1)),
                                 'loss': float(rows['test_loss'].iloc[-1]), 'expected': expected}
-
-
-# ---- calibration -------------------------------------------------------------------------------------------------------
 
 
 def read_finished(table, ladder_table):

@@ -51,9 +51,6 @@ class Fit(NamedTuple):
     objective: float    # summed Huber loss of the log-loss residuals
 
 
-# ---- the laws ------------------------------------------------------------------------------------------------------
-
-
 def noise_columns(curve, alpha, n0):
     """Columns [n, 3] of the noise law: 1, τ^(-α) and the noise N, derived at the top of this file."""
     k = alpha / 2                                                                       # 1/√v ∝ τ^k
@@ -102,9 +99,6 @@ memoryless_law = Law('no memory', memoryless_columns, ('L0', 'A', 'c', 'alpha'),
 def predict(fit, curve):
     """Loss [n] of a fitted law under the learning rates of `curve`."""
     return fit.law.columns(curve, *fit.values[3:]) @ fit.values[:3]
-
-
-# ---- fits ----------------------------------------------------------------------------------------------------------
 
 
 def fit(law, curves):
@@ -166,9 +160,6 @@ def fit_as_published(curves):
         elif step - best_step >= 20:
             break
     return Fit(multi_power_law._replace(name='multi-power law, as published'), kept, float(best))
-
-
-# ---- comparison ----------------------------------------------------------------------------------------------------
 
 
 def errors(fit, curve):
