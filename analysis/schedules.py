@@ -28,40 +28,6 @@ HALF_LIFE = 0.01   # of the run, for the smoothing in figures
 SETTLED = 20
 
 
-class Aligned(NamedTuple):
-    """A run beside its constant-rate reference at equal τ. Arrays [n] have an entry for each evaluation inside the reference."""
-    run: str
-    reference_run: str
-    schedule: str
-    decay_frac: float
-    p: float
-    tokens_total: float   # tokens at the end of the run
-    x: np.ndarray         # tokens over tokens_total
-    tau: np.ndarray
-    eta: np.ndarray       # rate over its peak
-    reference_eta: np.ndarray    # the same of the reference: 1 after its warm-up
-    loss: np.ndarray
-    reference: np.ndarray        # L_const(τ)
-    noise: np.ndarray            # Tr Σ of the run, NaN where it was not measured
-    reference_noise: np.ndarray  # Tr Σ of the reference
-    logged_share: float   # the trace as logged over Tr Σ: (n - 1)/n, or 1 where n is not known
-
-    @property
-    def delta_eta(self):
-        """δη, 0 during the warm-up, which both runs have."""
-        return np.where(self.reference_eta < 1 - 1e-6, 0, self.eta - 1)
-
-    @property
-    def decaying(self):
-        """True at evaluations in the decay phase: the rate differs from the reference's, and Tr Σ is known."""
-        return (self.delta_eta < -1e-9) & np.isfinite(self.noise)
-
-    @property
-    def drop(self):
-        """Loss that the decay has removed by the end of the run, relative to the reference at equal τ."""
-        return self.reference[-1] - self.loss[-1]
-
-
 class Fit(NamedTuple):
     alpha: float
     alpha_se: float     # cluster-robust over the reference runs, whose noise their decaying runs share; NaN for a single run
@@ -83,20 +49,27 @@ def trace_share(table):
 
 
 def align(table):
-    """(list of Aligned, notes). Every run with a decaying rate is paired with a `const` run of the same model, B and peak rate.
+    """(data frame of the decaying runs beside their constant-rate references, notes).
 
-    Of several such runs, one with the same tokens is preferred, then one with the same seed, then the longest. Raises LogError
-    if the log lacks a column, or if no run has a reference.
+    A reference is a `const` run of the same model, B and peak rate. Of several, one with the same tokens is preferred, then one
+    with the same seed, then the longest. A row is an evaluation inside the reference, with the columns of the log and
+
+    reference_run     name of the reference               tokens_total, x       tokens at the end of the run, tokens over these
+    loss, reference   test loss, L_const(τ)               eta, reference_eta    rate over its peak: 1 after the warm-up if constant
+    noise             Tr Σ, NaN if unknown or early       reference_noise       Tr Σ of the reference
+    delta_eta         δη, 0 during the warm-up            share                 see `trace_share`
+
+    Raises LogError if the log lacks a column, or if no run has a reference.
     """
     require(table, ['num_params', 'schedule', 'peak_lr', 'test_loss', 'lr', 'tau', 'tokens', 'Buvar'], 'schedule prediction')
-    table = table.assign(share=trace_share(table), noise=lambda t: t['Buvar'] / t['share'], eta=table['lr'] / table['peak_lr'])
+    table = table.assign(share=trace_share(table), noise=lambda t: t['Buvar'] / t['share'], eta=table['lr'] / table['peak_lr'],
+                         loss=table['test_loss'], decay_frac=table['decay_frac'].fillna(1) if 'decay_frac' in table else 1.0)
     ends, rows, notes = runs(table), dict(list(table.groupby('run', sort=False))), []
     unknown = (ends['share'] == 1).sum()
     if unknown:
         notes.append(f'{unknown} runs do not say on how many test batches n their trace was measured (num_test_batches); '
                      'the trace is used as logged, which makes α too large by n/(n - 1)')
-    constant = ends[ends['schedule'] == 'const']
-    aligned, alone = [], []
+    constant, pairs, alone = ends[ends['schedule'] == 'const'], [], []
     for run, end in ends[ends['schedule'] != 'const'].iterrows():
         name, own = _reference(constant, end), rows[run]
         if name is not None:
@@ -104,19 +77,19 @@ def align(table):
         if name is None or len(own) < 2:
             alone.append(run)
             continue
-        noise = own['noise'].where(~(own['step'] < SETTLED)) if 'step' in own else own['noise']
-        beside = {column: np.interp(own['tau'], rows[name]['tau'], rows[name][column]) for column in ('eta', 'test_loss', 'noise')}
-        aligned.append(Aligned(
-            run, name, end['schedule'], end.get('decay_frac', np.nan), end['num_params'], end['tokens'],
-            (own['tokens'] / end['tokens']).to_numpy(), own['tau'].to_numpy(), own['eta'].to_numpy(), beside['eta'],
-            own['test_loss'].to_numpy(), beside['test_loss'], noise.to_numpy(), beside['noise'], end['share']))
-    if not aligned:
+        beside = {to: np.interp(own['tau'], rows[name]['tau'], rows[name][column]) for to, column in (
+            ('reference', 'loss'), ('reference_eta', 'eta'), ('reference_noise', 'noise'))}
+        pairs.append(own.assign(reference_run=name, tokens_total=end['tokens'], x=own['tokens'] / end['tokens'], **beside))
+    if not pairs:
         found = ', '.join(sorted(ends['schedule'].dropna().unique()))
         raise LogError('no run with a decaying rate has a constant-rate run of the same model, batch and peak rate beside it '
                        f'(schedules in the log: {found})')
     if alone:
         notes.append(f'{len(alone)} runs have no constant-rate run beside them: {", ".join(sorted(alone)[:3])}')
-    return aligned, notes
+    aligned = pd.concat(pairs, ignore_index=True)
+    if 'step' in aligned:
+        aligned['noise'] = aligned['noise'].mask(aligned['step'] < SETTLED)
+    return aligned.assign(delta_eta=(aligned['eta'] - 1).mask(aligned['reference_eta'] < 1 - 1e-6, 0)), notes
 
 
 def _reference(constant, end):
@@ -131,14 +104,19 @@ def _reference(constant, end):
 
 def as_logged(aligned):
     """The same runs with the published, biased trace in place of Tr Σ."""
-    return [one._replace(noise=one.noise * one.logged_share, reference_noise=one.reference_noise * one.logged_share,
-                         logged_share=1.0) for one in aligned]
+    share = aligned['share']
+    return aligned.assign(noise=aligned['noise'] * share, reference_noise=aligned['reference_noise'] * share, share=1.0)
 
 
-def predict(one, alpha):
-    """Predicted loss [n] of an aligned run, eq. 16. With alpha = 0 it is the constant-rate loss."""
-    noise = np.where(one.delta_eta == 0, 0, one.noise) if alpha else np.zeros_like(one.loss)
-    return one.reference + alpha * one.delta_eta * noise
+def decay_phase(aligned):
+    """The rows where the rate differs from the reference's, and Tr Σ is known."""
+    return aligned[(aligned['delta_eta'] < -1e-9) & np.isfinite(aligned['noise'])]
+
+
+def predict(aligned, alpha):
+    """Predicted loss of every row, eq. 16. With alpha = 0 it is the constant-rate loss."""
+    change = alpha * aligned['delta_eta'] * aligned['noise']
+    return aligned['reference'] + change.mask((aligned['delta_eta'] == 0) | (alpha == 0), 0)
 
 
 def fit(aligned, second_term=False):
@@ -147,55 +125,55 @@ def fit(aligned, second_term=False):
     second_term=True fits α·δ(η·Tr Σ), the whole of eq. 15, in place of α·δη·Tr Σ. The paper drops the rest (appendix I).
     Raises LogError if there is no decay phase.
     """
-    term = [one.eta * one.noise - one.reference_noise if second_term else one.delta_eta * one.noise for one in aligned]
-    z = np.concatenate([values[one.decaying] for values, one in zip(term, aligned, strict=True)])
-    y = np.concatenate([(one.loss - one.reference)[one.decaying] for one in aligned])
-    run = np.repeat(np.arange(len(aligned)), [one.decaying.sum() for one in aligned])
-    square = z @ z
+    rows = decay_phase(aligned)
+    z = rows['eta'] * rows['noise'] - rows['reference_noise'] if second_term else rows['delta_eta'] * rows['noise']
+    y, square = rows['loss'] - rows['reference'], z @ z
     if not square > 0:
         raise LogError('no evaluation in a decay phase has a Tr Σ (Buvar); α cannot be fitted')
     alpha = z @ y / square
-    residual = y - alpha * z
-    reference = np.array([one.reference_run for one in aligned])[run]
-    groups = len(np.unique(reference))
-    score = pd.Series(z * residual).groupby(reference if groups > 1 else run).sum()
+    residual, groups = y - alpha * z, rows['reference_run'].nunique()
+    score = (z * residual).groupby(rows['reference_run' if groups > 1 else 'run']).sum()
     G, se, ci = len(score), np.nan, None
     if G > 1:
         se = np.sqrt(score @ score * G / (G - 1)) / square
         half = stdtrit(G - 1, (1 + LEVEL) / 2) * se
         ci = [alpha - half, alpha + half]
-    return Fit(alpha, se, ci, np.sqrt((residual ** 2).mean()), len(np.unique(run)), groups)
+    return Fit(alpha, se, ci, np.sqrt((residual ** 2).mean()), rows['run'].nunique(), groups)
 
 
 def rmse_relative(aligned, alpha):
     """Root mean square of the residual over the loss range of the run's decay phase, over all evaluations in decay phases."""
-    ratio = [(one.loss - predict(one, alpha))[one.decaying] / np.ptp(one.loss[one.decaying])
-             for one in aligned if one.decaying.sum() > 1 and np.ptp(one.loss[one.decaying]) > 0]
-    return float(np.sqrt(np.mean(np.concatenate(ratio) ** 2))) if ratio else np.nan
+    rows = decay_phase(aligned)
+    of_run = rows.groupby('run')['loss']
+    ratio = (rows['loss'] - predict(rows, alpha)) / (of_run.transform('max') - of_run.transform('min'))
+    return np.sqrt((ratio[np.isfinite(ratio)] ** 2).mean())
 
 
-def relative_error(one, alpha):
-    """Mean absolute error over the decay phase, relative to the loss drop that the decay causes by its end."""
-    return float(np.abs(one.loss - predict(one, alpha))[one.decaying].mean() / one.drop)
+def relative_errors(aligned, alpha):
+    """Mean absolute error of each run over its decay phase, relative to the drop: the loss that the decay removes by its end.
+
+    Runs without a decay phase or without a drop are left out.
+    """
+    rows, ends = decay_phase(aligned), runs(aligned)
+    error = (rows['loss'] - predict(rows, alpha)).abs().groupby(rows['run']).mean()
+    return (error / (ends['reference'] - ends['loss']).where(lambda drop: drop > 0)).dropna()
 
 
 def leave_one_out(aligned):
     """One dict a schedule: `alpha_without`, fitted without any run of that schedule, and the errors of predicting its runs.
 
-    An error is the mean over runs of `relative_error`: `error` with alpha_without, `theory` with 1/4, `hand_set` with the authors'
+    An error is the mean over runs of `relative_errors`: `error` with alpha_without, `theory` with 1/4, `hand_set` with the authors'
     value and the trace as logged, `no_noise_term` with α = 0.
     """
     rows = []
-    for key in sorted({(one.schedule, one.decay_frac) for one in aligned}):
-        held = [one for one in aligned if (one.schedule, one.decay_frac) == key and one.decaying.any() and one.drop > 0]
-        rest = [one for one in aligned if one.schedule != key[0]]
-        if not held:
-            continue
-        alpha = fit(rest).alpha if rest else np.nan
-        errors = {name: float(np.mean([relative_error(one, value) for one in chosen]))
-                  for name, value, chosen in (('error', alpha, held), ('hand_set', HAND_SET, as_logged(held)),
-                                             ('theory', THEORY, held), ('no_noise_term', 0, held))}
-        rows.append({'schedule': key[0], 'decay_frac': key[1], 'runs': len(held), 'alpha_without': alpha, **errors})
+    for (schedule, decay_frac), held in aligned.groupby(['schedule', 'decay_frac']):
+        rest = aligned[aligned['schedule'] != schedule]
+        alpha = fit(rest).alpha if len(rest) else np.nan
+        errors = {'error': relative_errors(held, alpha), 'hand_set': relative_errors(as_logged(held), HAND_SET),
+                  'theory': relative_errors(held, THEORY), 'no_noise_term': relative_errors(held, 0)}
+        if len(errors['no_noise_term']):
+            rows.append({'schedule': schedule, 'decay_frac': decay_frac, 'runs': len(errors['no_noise_term']),
+                         'alpha_without': alpha, **{name: each.mean() for name, each in errors.items()}})
     return rows
 
 
@@ -226,9 +204,9 @@ def alpha_of_reference(table):
     This α is larger than that for the run's own Tr Σ: by 1.24 in the authors' log, by 1.46 in ours. The standard deviation measures
     the error of the law for one run. It is NaN if there is one run.
     """
-    aligned = [one._replace(noise=np.where(one.x < 0.05, np.nan, one.reference_noise)) for one in align(table)[0]]
-    each = [fit([one]).alpha for one in aligned if one.decaying.any()]
-    return fit(aligned).alpha, float(np.std(each, ddof=1)) if len(each) > 1 else np.nan
+    aligned, _ = align(table)
+    rows = decay_phase(aligned.assign(noise=aligned['reference_noise'].mask(aligned['x'] < 0.05)))
+    return fit(rows).alpha, pd.Series([fit(own).alpha for _, own in rows.groupby('run')]).std()
 
 
 def noise_share(table, p, L0, floor=0.1):
@@ -273,5 +251,5 @@ def smooth(x, y, half_life=HALF_LIFE):
     keep = 0.5 ** (np.diff(x) / half_life)
     for i in range(1, len(smoothed)):
         if np.isfinite(smoothed[i - 1]):
-            smoothed[i] = keep[i - 1] * smoothed[i - 1] + (1 - keep[i - 1]) * y[i]
+            smoothed[i] = keep[i - 1] * smoothed[i - 1] + (1 - keep[i - 1]) * smoothed[i]
     return smoothed

@@ -1,6 +1,7 @@
 """Figures of the paper's analysis. Each public function draws one result of analysis/ and returns the Matplotlib figure."""
 
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 
@@ -251,20 +252,20 @@ def schedules(aligned, alpha, across=None):
     horizon, across='horizons' the other horizons of that model. Columns are shapes, rows the share of training that decays.
     """
     shown, place = _places(aligned, across)
-    if across and len(shown) < 2:
+    key, letter = ('tokens_total', 'T') if across == 'horizons' else ('num_params', 'p')
+    values = sorted(shown[key].unique())
+    if across and len(values) < 2:
         return None
-    runs = [one for own in shown.values() for one in own]
-    shapes, decays = sorted({one.schedule for one in runs}), sorted({one.decay_frac for one in runs}, reverse=True)
+    shapes, decays = sorted(shown['schedule'].unique()), sorted(shown['decay_frac'].unique(), reverse=True)
     figure, axes = plt.subplots(len(decays), len(shapes), figsize=(max(3.1 * len(shapes), 6), 2.5 * len(decays) + 0.6),
                                 squeeze=False, sharex=True, sharey=True)
-    colours = style.colours([T if across == 'horizons' else p for p, T in shown]) if across else [style.BLUE]
-    names = [f'observed, T = {style.count(T)}' if across == 'horizons' else f'observed, p = {style.count(p)}' for p, T in shown]
+    colours = style.colours(values) if across else [style.BLUE]
+    names = [f'observed, {letter} = {style.count(value)}' if across else 'observed' for value in values]
     for (i, j), axis in np.ndenumerate(axes):
-        schedule = (shapes[j], decays[i])
-        drawn = [([one for one in own if (one.schedule, one.decay_frac) == schedule], colour, name if across else 'observed')
-                 for own, colour, name in zip(shown.values(), colours, names, strict=True)]
-        _draw_schedule(axis, [part for part in drawn if part[0]], alpha)
-    late = np.concatenate([one.loss[one.x > 0.1] for one in runs])
+        own = shown[(shown['schedule'] == shapes[j]) & (shown['decay_frac'] == decays[i])]
+        drawn = [(own[own[key] == value], colour, name) for value, colour, name in zip(values, colours, names, strict=True)]
+        _draw_schedule(axis, [part for part in drawn if len(part[0])], alpha)
+    late = shown['loss'][shown['x'] > 0.1]
     height = np.quantile(late, 0.97) - late.min()
     axes[0, 0].set(xlim=(0, 1), xticks=(0, 0.5, 1), xticklabels=('0', '0.5', '1'),
                    ylim=(late.min() - 0.3 * height, late.min() + 1.15 * height))  # the learning rate is drawn below the losses
@@ -281,44 +282,44 @@ def schedules(aligned, alpha, across=None):
 
 
 def _places(aligned, across):
-    """({(p, T): runs} that `schedules` shows, in increasing order, and what they have in common in words)."""
-    places = {}
-    for one in sorted(aligned, key=lambda one: (one.p, one.tokens_total)):
-        places.setdefault((one.p, one.tokens_total), []).append(one)
-    p, T = max(places, key=lambda place: len({(one.schedule, one.decay_frac) for one in places[place]}))
+    """(the rows that `schedules` shows, what they have in common in words)."""
+    aligned = aligned.assign(kind=aligned['schedule'] + aligned['decay_frac'].astype(str))
+    p, T = aligned.groupby(['num_params', 'tokens_total'])['kind'].nunique().idxmax()
+    same_p, same_T = aligned['num_params'] == p, aligned['tokens_total'] == T
     if across is None:
-        return {(p, T): places[p, T]}, f'p = {style.count(p)}, T = {style.count(T)} tokens'
-    same = {place: runs for place, runs in places.items() if (place[1] == T if across == 'models' else place[0] == p)}
-    common = set.intersection(*({(one.schedule, one.decay_frac) for one in runs} for runs in same.values()))
-    return ({place: [one for one in runs if (one.schedule, one.decay_frac) in common] for place, runs in same.items()},
-            f'T = {style.count(T)} tokens' if across == 'models' else f'p = {style.count(p)}')
+        return aligned[same_p & same_T], f'p = {style.count(p)}, T = {style.count(T)} tokens'
+    shown = aligned[same_T if across == 'models' else same_p]
+    common = set.intersection(*shown.groupby(['num_params', 'tokens_total'])['kind'].agg(set))
+    return shown[shown['kind'].isin(common)], f'T = {style.count(T)} tokens' if across == 'models' else f'p = {style.count(p)}'
 
 
 def _draw_schedule(axis, drawn, alpha):
-    """One schedule in one panel; `drawn` is a list of (runs that differ in seed alone, colour, label).
+    """One schedule in one panel; `drawn` is a list of (rows of runs that differ in seed alone, colour, label).
 
     The mean over seeds is thick, its prediction dashed. The learning rate is the grey area along the bottom. With a single
     entry, the seeds are drawn thin and the constant-rate loss at equal τ dotted.
     """
     axis.set_visible(bool(drawn))
-    for runs, colour, label in drawn:
-        x = runs[0].x[runs[0].x > 0.02]
+    for rows, colour, label in drawn:
+        seeds = [own for _, own in rows.assign(predicted=scheduling.predict(rows, alpha)).groupby('run', sort=False)]
+        x = seeds[0]['x'][seeds[0]['x'] > 0.02]
         observed, predicted, constant = (
-            [np.interp(x, one.x, scheduling.smooth(one.x, curve(one))) for one in runs]
-            for curve in (lambda one: one.loss, lambda one: scheduling.predict(one, alpha), lambda one: one.reference))
+            [np.interp(x, own['x'], scheduling.smooth(own['x'], own[column])) for own in seeds]
+            for column in ('loss', 'predicted', 'reference'))
         axis.plot(x, np.mean(observed, 0), color=colour, lw=1.6, label=label)
         if len(drawn) == 1:  # with several models or horizons in a panel these lines would hide the others
-            if len(runs) > 1:
-                axis.plot(x, np.transpose(observed), color=colour, lw=0.6, alpha=0.5, label=['seeds'] + [None] * (len(runs) - 1))
+            if len(seeds) > 1:
+                axis.plot(x, np.transpose(observed), color=colour, lw=0.6, alpha=0.5, label=['seeds'] + [None] * (len(seeds) - 1))
             axis.plot(x, np.mean(constant, 0), ':', color=style.GREY, lw=1, label='constant rate at equal τ')
         axis.plot(x, np.mean(predicted, 0), '--', color='black', lw=1, label='predicted')
-    runs = [one for own, _, _ in drawn for one in own]
-    errors = [scheduling.relative_error(one, alpha) for one in runs if one.decaying.any() and one.drop > 0]
-    if runs:
-        axis.fill_between(runs[0].x, 0, 0.15 * runs[0].eta, color=style.GREY, alpha=0.25, lw=0,
+    if drawn:
+        rows = pd.concat([rows for rows, _, _ in drawn])
+        first, errors = rows[rows['run'] == rows['run'].iloc[0]], scheduling.relative_errors(rows, alpha)
+        axis.fill_between(first['x'], 0, 0.15 * first['eta'], color=style.GREY, alpha=0.25, lw=0,
                           transform=axis.get_xaxis_transform(), label='learning rate')
-        decay = '' if runs[0].decay_frac == 1 else f', last {runs[0].decay_frac:.0%}'
-        axis.set_title(f'{runs[0].schedule}{decay}' + (f': error {np.mean(errors):.1%}' if errors else ''))
+        schedule, decay = first[['schedule', 'decay_frac']].iloc[0]
+        share = f', last {decay:.0%}' if decay < 1 else ''
+        axis.set_title(schedule + share + (f': error {errors.mean():.1%}' if len(errors) else ''))
 
 
 # ---- a published curve trained again ----------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_each_schedule_has_a_panel_with_its_error():
     aligned, _ = schedules.align(planted_schedules(np.random.default_rng(0), evals=60))
     figure = panels.schedules(aligned, 0.25)
     titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
-    assert len(titles) == len({(one.schedule, one.decay_frac) for one in aligned})
+    assert len(titles) == len(aligned.groupby(['schedule', 'decay_frac']))
     assert all('error ' in title for title in titles)
     worse = panels.schedules(aligned, 0.0)
     assert [axis.get_title() for axis in worse.axes if axis.get_visible()] != titles, 'the error is that of the α given'
@@ -64,7 +64,7 @@ def test_each_schedule_has_a_panel_with_its_error():
 
 def test_one_horizon_has_no_figure_across_horizons():
     aligned, _ = schedules.align(planted_schedules(np.random.default_rng(0), evals=60))
-    same = [one for one in aligned if one.tokens_total == aligned[0].tokens_total]
+    same = aligned[aligned['tokens_total'] == aligned['tokens_total'].iloc[0]]
     assert panels.schedules(same, 0.25, 'horizons') is None
 
 

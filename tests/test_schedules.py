@@ -77,7 +77,7 @@ def test_an_unknown_number_of_test_batches_is_noted_and_the_trace_used_as_logged
 
 def test_planted_alpha_without_noise():
     aligned, notes = schedules.align(planted(np.random.default_rng(0), noise=0, evals=2000))
-    assert len(aligned) == 12 and not notes
+    assert aligned['run'].nunique() == 12 and not notes
     found = schedules.fit(aligned)
     assert found.alpha == pytest.approx(0.27, rel=2e-3)                # interpolation of the reference between evaluations
     assert schedules.rmse_relative(aligned, found.alpha) < 2e-3
@@ -86,7 +86,7 @@ def test_planted_alpha_without_noise():
 def test_a_warm_up_is_no_decay():
     """Runs and their reference have the same warm-up. If it counted as a decay without effect, α would be several % too small."""
     aligned, _ = schedules.align(planted(np.random.default_rng(0), noise=0, evals=2000, warmup=400))
-    assert not any(one.decaying[one.x < 0.02].any() for one in aligned)
+    assert schedules.decay_phase(aligned)['x'].min() >= 0.02
     assert schedules.fit(aligned).alpha == pytest.approx(0.27, rel=2e-3)
 
 
@@ -98,9 +98,9 @@ def test_coverage_of_the_90_percent_interval():
     rng, hits = np.random.default_rng(0), []
     exact = schedules.align(planted(rng, noise=0, sizes=np.geomspace(1e6, 1e7, 6), evals=40))[0]
     for _ in range(200):
-        offset = {one.reference_run: 2e-4 * rng.normal() for one in exact}
-        noisy = [one._replace(loss=one.loss + 2e-4 * rng.normal(size=len(one.loss)) + 2e-4 * rng.normal(),
-                              reference=one.reference + offset[one.reference_run]) for one in exact]
+        offset = {run: 2e-4 * rng.normal() for run in pd.concat([exact['run'], exact['reference_run']]).unique()}
+        noisy = exact.assign(loss=exact['loss'] + exact['run'].map(offset) + 2e-4 * rng.normal(size=len(exact)),
+                             reference=exact['reference'] + exact['reference_run'].map(offset))
         low, high = schedules.fit(noisy).alpha_ci
         hits.append(low <= schedules.fit(exact).alpha <= high)  # 0.27 up to the interpolation of coarse evaluations
     assert 0.80 <= np.mean(hits) <= 0.97, np.mean(hits)
@@ -125,10 +125,10 @@ def test_prediction_is_tested_on_schedules_left_out():
 
 def test_alignment_is_at_equal_tau():
     table = planted(np.random.default_rng(2), noise=0, evals=2000)
-    for one in schedules.align(table)[0]:
-        forcing = one.reference - 0.27 * one.reference_noise          # what both runs share at equal τ
-        np.testing.assert_allclose(forcing, 0.02 + 0.3 * (1 + one.tau) ** -0.8, rtol=1e-4)
-        assert not one.decaying[one.delta_eta == 0].any()
+    aligned, _ = schedules.align(table)
+    forcing = aligned['reference'] - 0.27 * aligned['reference_noise']          # what both runs share at equal τ
+    np.testing.assert_allclose(forcing, 0.02 + 0.3 * (1 + aligned['tau']) ** -0.8, rtol=1e-4)
+    assert (schedules.decay_phase(aligned)['delta_eta'] < 0).all()
 
 
 def test_smoothing_has_its_half_life():
@@ -145,12 +145,11 @@ def test_what_is_missing_is_an_error_or_a_note():
     with pytest.raises(logs.LogError, match='no run with a decaying rate has a constant-rate run'):
         schedules.align(table[table['schedule'] != 'const'])
     aligned, notes = schedules.align(table[(table['schedule'] != 'const') | (table['num_params'] == 1e6)])
-    assert len(aligned) == 6 and '6 runs have no constant-rate run' in notes[0]
-    single = schedules.fit(aligned[:1])
+    assert aligned['run'].nunique() == 6 and '6 runs have no constant-rate run' in notes[0]
+    single = schedules.fit(aligned[aligned['run'] == aligned['run'][0]])
     assert single.runs == 1 and np.isnan(single.alpha_se) and single.alpha_ci is None
-    blank = [one._replace(noise=np.full_like(one.noise, np.nan)) for one in aligned]
     with pytest.raises(logs.LogError, match='cannot be fitted'):
-        schedules.fit(blank)
+        schedules.fit(aligned.assign(noise=np.nan))
 
 
 def test_command(tmp_path):
