@@ -149,7 +149,10 @@ def verdict_in_words(result):
     x = result['supercollapse_from']
     if np.isnan(x):
         return 'no supercollapse: averaged over models, Δ is not below σ up to the end of training'
-    return f'supercollapse: Δ < σ from x = {x:.2f} on, averaged over models'
+    found = f'Δ < σ from x = {x:.2f} on, averaged over models'
+    if np.isnan(result['supercollapse_from_ci'][1]):
+        return f'supercollapse is not certain: {found}, but the 90% interval of that x includes never'
+    return f'supercollapse: {found}'
 
 
 def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):

@@ -175,7 +175,9 @@ def notes(curves, found):
     if found.seeds == 1:
         said.append('a model has one seed, so the noise of its seeds is not in the intervals')
     if found.exponent_ci is None:
-        return said + ['two tangent points: the line through them is exact and has no interval']
+        paper = f'; the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}' if found.staircase else ''
+        return said + [f'two tangent points: any two lie on a line, so R² says nothing and there is no interval{paper}. Do not use '
+                       'this exponent: train more widths']
     if len(found.p) < ENOUGH_POINTS:
         said.append(f'the line is fitted to {len(found.p)} tangent points only; more widths narrow the interval of the exponent')
     if found.staircase is None or found.exponent_ci[0] <= found.staircase['exponent'] <= found.exponent_ci[1]:
@@ -209,7 +211,8 @@ def fit(curves, draws=400, seed=0):
     used = np.flatnonzero(np.isfinite(roots))
     if len(used) < 2:
         raise LogError(f'the horizon needs at least two models with a smaller and a larger one beside them whose curves '
-                       f'cross; found {len(used)} among {len(curves.p)} models. Add widths, or train them longer')
+                       f'cross, so at least four widths; found {len(used)} among {len(curves.p)} models. Add widths, or train '
+                       'them longer')
     log_p, found = np.log(curves.p[used]), roots[used]
     scale, exponent, r2 = (float(value) for value in _line_fit(log_p, found))
     rng, seeds = np.random.default_rng(seed), [len(loss) for loss in curves.loss]

@@ -136,6 +136,7 @@ def test_the_verdict_in_words():
     words = collapse.verdict_in_words
     found, _ = collapse.analyse(planted(offset=5e-3, jitter=2e-4, seeds=5), draws=20)
     assert words(found) == f'supercollapse: Δ < σ from x = {found["supercollapse_from"]:.2f} on, averaged over models'
+    assert words({**found, 'supercollapse_from_ci': [0.5, np.nan]}).startswith('supercollapse is not certain: Δ < σ from x = ')
     independent, _ = collapse.analyse(planted(offset=0, jitter=5e-3, seeds=5, gamma=0.8), draws=20)
     assert words(independent).startswith('no supercollapse')
     assert words(collapse.analyse(planted(seeds=1))[0]) == 'supercollapse cannot be decided: one seed per model'
@@ -157,7 +158,7 @@ def test_command(tmp_path):
             'ddof', 'seeds_per_model', 'duplicates_dropped', 'widths'} <= set(result)
     assert {'a', 'b', 'L0', 'r2', 'a_ci', 'b_ci', 'L0_ci'} <= set(result['fit'])
     assert min(result['widths']) == 64 and (tmp_path / 'figure.png').stat().st_size > 10_000
-    assert command(tmp_path / 'log.parquet').stdout.splitlines()[0].startswith('supercollapse: Δ < σ from x = ')
+    assert 'Δ < σ from x = ' in command(tmp_path / 'log.parquet').stdout.splitlines()[0]
     wrong = command(tmp_path / 'log.parquet', '--max-width', 1)
     assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1 and 'no model with a width' in wrong.stderr
 
