@@ -44,10 +44,7 @@ bench-growth: .venv/complete ## step time against width and batch size, drawn in
 	$(RUN) -m benchmarks.growth
 
 figures: .venv/complete ## run the notebooks on the shipped logs (LOG=logs/paper/mlp.pkl: on others, into runs/figures)
-	$(RUN) -m nbconvert --log-level WARN --to notebook --execute $(if $(LOG),--output-dir runs/figures,--inplace) \
-	    --NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor --ExecutePreprocessor.record_timing=False \
-	    --ExecutePreprocessor.extra_arguments=--log-level=ERROR --ClearMetadataPreprocessor.enabled=True \
-	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec $(NOTEBOOKS)
+	$(RUN) -m figures.notebook $(NOTEBOOKS)
 ifndef LOG
 	$(RUN) -m figures collapse logs/laptop_text.parquet --out figures/png/laptop_text_collapse.png
 	$(RUN) -m figures horizon logs/laptop_text_const.parquet --out figures/png/laptop_text_const_horizon.png

@@ -52,8 +52,8 @@ def main():
     work = [[f'model.D={D}', 'opt.B=4096'] for D in WIDTHS] + [['model.D=128', f'opt.B={B}'] for B in BATCHES]
     rows = [run.measure('mlp', 1, [*run.MLP, run.TESTS, *overrides]) for overrides in tqdm(work, desc='growth', file=sys.stderr)]
     Path('benchmarks/growth.json').write_text(json.dumps(rows, indent=1))
-    with style.theme():
-        style.save(draw(rows), 'benchmarks/growth.png')
+    style.use_theme()
+    style.save(draw(rows), 'benchmarks/growth.png')
 
 
 if __name__ == '__main__':

@@ -18,19 +18,15 @@ COMMANDS = {  # name: (function of the arguments that follow the name, help)
 }
 
 
-def usage():
-    """The commands, one line each."""
-    return '\n'.join(['usage: python -m figures COMMAND LOG …', '',
-                      *(f'  {name:14} {text}' for name, (_, text) in COMMANDS.items()), '',
-                      'python -m figures COMMAND --help lists the options of a command.'])
-
-
 def main(argv):
     """The exit status: 0, or 2 with one line on stderr for a wrong command or a log that cannot be analysed."""
-    if not argv or argv[0] in ('-h', '--help'):
-        print(usage())
+    name, *rest = argv or ['--help']
+    if name in ('-h', '--help'):
+        print('usage: python -m figures COMMAND LOG …\n')
+        for command, (_, text) in COMMANDS.items():
+            print(f'  {command:14} {text}')
+        print('\npython -m figures COMMAND --help lists the options of a command.')
         return 0
-    name, *rest = argv
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f'did you mean {near[0]!r}?' if near else f'the commands are {", ".join(COMMANDS)}'

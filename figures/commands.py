@@ -1,17 +1,14 @@
-"""What the commands and notebooks share: options, reading a log, JSON on stdout, saving a figure."""
+"""What the commands share: options, reading a log, JSON on stdout, saving a figure."""
 
 import argparse
 import json
-import math
 import sys
-
-import numpy as np
 
 from analysis import table as logs
 
 
-def parser(description, name, figure=True):
-    """The argument parser of one command, with LOG, --where, the widths, --json and, if it draws, --out."""
+def parser(description, name):
+    """The argument parser of one command, with LOG, --where, the widths, --json and --out."""
     parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=description, allow_abbrev=False)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
@@ -19,8 +16,7 @@ def parser(description, name, figure=True):
     parse.add_argument('--min-width', type=float, metavar='D', help='leave out narrower models')
     parse.add_argument('--max-width', type=float, metavar='D', help='leave out wider models')
     parse.add_argument('--json', action='store_true', help='print the result as JSON on stdout, and nothing else there')
-    if figure:
-        parse.add_argument('--out', metavar='FIG', help='write the figure (.png or .pdf)')
+    parse.add_argument('--out', metavar='FIG', help='write the figure (.png or .pdf)')
     return parse
 
 
@@ -33,41 +29,24 @@ def read(args, keep_duplicates=False):
     return logs.clean(table, keep_duplicates)
 
 
-def plain(value):
-    """The value as JSON can hold it: arrays become lists, named tuples become dicts, NaN and infinities become null."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if hasattr(value, '_asdict'):
-        return plain(value._asdict())
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def save(draw, path):
     """Call `draw` for a figure and write it to `path`. Matplotlib is imported here, so that commands without --out start fast."""
     import matplotlib
     matplotlib.use('Agg')
     from figures import style
-    with style.theme():
-        style.save(draw(), path)
+    style.use_theme()
+    style.save(draw(), path)
     print(f'figure: {path}', file=sys.stderr)
 
 
 def report(args, result, lines, notes):
-    """Print the result on stdout, as JSON with --json and as `lines` otherwise. Notes always go to stderr."""
+    """Print the result on stdout, with --json as JSON in which NaN and infinities are null. Notes always go to stderr."""
     for note in notes:
         print(f'note: {note}', file=sys.stderr)
     if args.json:
-        print(json.dumps(plain(result | {'notes': notes}), allow_nan=False))
-    else:
-        print('\n'.join(lines))
+        text = json.dumps(result | {'notes': notes}, default=lambda array: array.tolist())
+        lines = [json.dumps(json.loads(text, parse_constant=lambda _: None))]
+    print('\n'.join(lines))
 
 
 def bracket(ci):

@@ -1,12 +1,9 @@
-"""What the notebooks share: reading a log and the logs that belong to it, showing figures, and tables of several results."""
+"""What the notebooks share, and the command that runs them:  python -m figures.notebook NOTEBOOK …"""
 
 import os
+import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from analysis import collapse
 from analysis import table as logs
 from figures import style
 
@@ -26,18 +23,16 @@ def print_notes(notes):
 
 
 def beside(log, ending):
-    """Path of the log that belongs to `log`: logs/mlp_const.pkl for logs/mlp.pkl and 'const'. None, with a line, if missing."""
+    """Path of the log that belongs to `log`: logs/mlp_const.pkl for logs/mlp.pkl and 'const', or `log` if it has that ending.
+
+    None, with a line, if there is no such file.
+    """
     path = Path(log)
-    found = path.with_name(f'{path.stem}_{ending}{path.suffix}')
+    found = path if path.stem.endswith(f'_{ending}') else path.with_name(f'{path.stem}_{ending}{path.suffix}')
     if found.exists():
         return str(found)
     print(f'skipped: there is no {found}')
     return None
-
-
-def log_of_kind(log, ending):
-    """Path of the log of one kind: `log` itself if it has that ending or no such log belongs to it, else the one beside it."""
-    return log if Path(log).stem.endswith(f'_{ending}') else beside(log, ending) or log
 
 
 def save(figure, log, name):
@@ -52,18 +47,26 @@ def save(figure, log, name):
     return style.save(figure, folder / f'{Path(log).stem}_{name}.png')
 
 
-def compare_ladders(results):
-    """Data frame with Δ at half the compute of several ladders, {name: result}, beside that of the first. Prints the verdicts.
+def run(path):
+    """Run a notebook and write it with its outputs in place, or into runs/figures if the environment has a LOG.
 
-    The first ladder's 90% interval is the yardstick: a Δ inside it cannot be told apart from the first ladder's.
+    If that LOG cannot be analysed, the reason is printed in one line, and nothing is written.
     """
-    middle = {name: int(np.argmin(np.abs(result['x'] - 0.5))) for name, result in results.items()}
-    delta = {name: result['delta'][middle[name]] for name, result in results.items()}
-    first, *others = results
-    interval = results[first]['delta_ci']
-    low, high = np.array(interval)[:, middle[first]] if interval is not None else (np.nan, np.nan)
-    apart = {name: '' if interval is None else 'no' if low <= delta[name] <= high else 'yes' for name in others}
-    print('\n'.join(f'{name}: {collapse.verdict_in_words(result)}' for name, result in results.items()))
-    return pd.DataFrame({'Δ(0.5)': {name: f'{value:.4f}' for name, value in delta.items()},
-                         'times the first': {name: f'{delta[name] / delta[first]:.2f}' for name in others},
-                         f'outside [{low:.4f}, {high:.4f}]': apart}, index=list(results)).fillna('')
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    book = nbformat.read(path, 4)
+    try:
+        NotebookClient(book, resources={'metadata': {'path': path.parent}}, coalesce_streams=True, record_timing=False,
+                       extra_arguments=['--log-level=ERROR']).execute()
+    except CellExecutionError as error:
+        if error.ename != 'LogError' or 'LOG' not in os.environ:
+            raise
+        return print(f'{path}: stopped: {error.evalue}')
+    book.metadata = {'kernelspec': book.metadata['kernelspec']}
+    nbformat.write(book, Path('runs/figures') / path.name if 'LOG' in os.environ else path)
+
+
+if __name__ == '__main__':
+    for one in sys.argv[1:]:
+        run(Path(one))

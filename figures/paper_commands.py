@@ -65,7 +65,7 @@ def collapse(argv):
         lines.append('Δ < σ averaged over models from x = ' + ', '.join(f'{onset_text(x)} with L0 {L:.4g}' for L, x in each))
     lines.append(f'farthest from the mean curve: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
                  f'farthest from its own model: run {odd["run"]} ({odd["departure"]:.2%})')
-    _finish(args, result, lines, notes + more, 'collapse', table, result)
+    _finish(args, result, lines, notes + more, 'collapse', {'': (table, result)})
 
 
 def horizon(argv):
