@@ -1,4 +1,4 @@
-# The front door. `make help` lists the targets; each sets up .venv itself when it has to.
+# The project's commands. `make help` lists them. Each one sets up .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin/python
 NOTEBOOKS := figures/*.ipynb  # make figures NOTEBOOKS=figures/collapse.ipynb runs one

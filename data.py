@@ -1,7 +1,6 @@
 """The two tasks, power-law regression and next-token prediction, behind one small interface: `open_task(run)` gives a Task.
 
-A batch is a function of (seed, step), so that a resumed run needs no loader state. Files on disk are token_files/'s. The loop that
-asks for batches is train.py's.
+A batch is a function of (seed, step), so that a resumed run needs no loader state. token_files/ reads the files.
 """
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import optax
 
 from token_files import files as token_files
 
-BLOCK_BYTES = 1 << 25  # of training data sent to the device at a time: hides the transfer, and is small beside any model
+BLOCK_BYTES = 1 << 25  # of training data sent to the device at a time: large enough to hide the transfer
 BLOCK_STEPS = 1024
 
 
@@ -133,7 +132,7 @@ def fourier_target(x, modes):
     k_and_phase = np.vstack([k, phase])
 
     def piece(x):  # [rows, 8] -> [rows]
-        x = jnp.pad(x, ((0, 0), (0, 1)), constant_values=1)  # the phase rides in the matrix product
+        x = jnp.pad(x, ((0, 0), (0, 1)), constant_values=1)  # the matrix product then adds the phase
         return jnp.matmul(cos_turns(jnp.matmul(x, k_and_phase, precision='float32')), amplitude, precision='float32')
 
     B = len(x)
@@ -184,7 +183,7 @@ def token_task(run, seeds, rows) -> Task:
     M = int(np.clip(BLOCK_BYTES // (B * L * train.dtype.itemsize), 1, BLOCK_STEPS))
 
     def block(k):
-        if not run.shuffle:  # in file order, round and round
+        if not run.shuffle:  # in file order, and again from the start
             return train.read(k * M * B * L, M * B * L).reshape(M, B, L)[:, rows]
         steps = np.arange(k * M, (k + 1) * M)
         order = [drawn_blocks(seed, steps, num_blocks).tolist() for seed in seeds]  # b·B·L may be over 2^31

@@ -1,7 +1,7 @@
 """The two model families, MLP and decoder-only transformer: shapes, roles and initial values of the weights, and the forward pass.
 
 Letters: B batch, S position (up to L), D width, F hidden width of a branch, H heads, K head size (D = H·K), N blocks, V vocabulary
-(or input size of the MLP). No biases and no learned norm scales. Learning rates are optimizer.py's, losses data.py's.
+(or input size of the MLP). No biases and no learned norm scales. Learning rates are in optimizer.py, losses in data.py.
 """
 import functools
 import math
@@ -23,7 +23,7 @@ def weight(rngs, shape, std, role):
 
 @jax.custom_vjp
 def rms_norm(x):
-    """x [..., D] divided by its root mean square, eps 1e-6, in float32 whatever the compute type."""
+    """x [..., D] divided by its root mean square, eps 1e-6; always computed in float32."""
     return _rms_norm_forward(x)[0]
 
 
@@ -150,7 +150,7 @@ class FeedForward(nnx.Module):
 
 
 def readout(h, weights):
-    """Logits [..., V] float32 of the features h [..., D]; the loss is taken in float32 whatever the compute type."""
+    """Logits [..., V] of the features h [..., D], float32 so that the loss is computed in float32."""
     return (rms_norm(h) @ weights.astype(h.dtype)).astype(jnp.float32)
 
 
@@ -191,7 +191,7 @@ def train_flops_per_token(arch, cfg):
     """FLOPs per token of a training step: 6 for each weight in a matrix product, and 12·N·L·D for attention.
 
     For the MLP this is 6p. A transformer's embedding tables are looked up rather than multiplied, so it is 6(p - VD - LD) + 12NLD.
-    It serves speeds only; the compute of the scaling law is C = 6tp.
+    It is used for speeds only; the compute of the scaling law is C = 6tp.
     """
     groups = param_groups(arch, cfg)
     if arch == 'mlp':

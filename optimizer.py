@@ -9,7 +9,7 @@ import optax
 
 import model as models
 
-# Shape f(u) of each decay, u in [0, 1] through it (paper, §2.5 and appendix A).
+# Shape f(u) of each decay, with u the share of the decay that has passed (paper, §2.5 and appendix A).
 SCHEDULES = {
     'const': lambda u: np.ones_like(u),
     'linear': lambda u: 1 - u,
@@ -72,7 +72,7 @@ def preconditioner(moments, peak_lrs, run):
 
     v̂ is the bias-corrected second moment. Undefined before the first update, where every entry is NaN or infinite. A weight that
     has had no gradient yet (all but the readout at step 1, for readout and branches start at zero) has P = peak_lr/eps,
-    so the traces of the first steps are huge at eps 1e-20; figures/schedules.py leaves them out.
+    so the traces of the first steps are huge at eps 1e-20; analysis/schedules.py leaves them out.
     """
     adam_state = moments[0]
     correction = 1 - run.opt.b2 ** adam_state.count.astype(jnp.float32)
@@ -86,7 +86,7 @@ def gradient_trace(gradient, batches, P, B):
     Returns (aux stacked over batches, dict of scalars): Bgvar and Buvar the population variances, gvar = B·Bgvar and
     uvar = B·Buvar those of one example, g2_mean and u2_mean the mean squared norms, gmean2 and umean2 the squared norm of the mean.
 
-    Welford's update keeps one running mean beside the current gradient, two copies of the parameters in all, and does not lose the
+    Welford's update keeps the running mean and the current gradient, two copies of the parameters in all, and does not lose the
     variance in the difference of two large numbers. P is fixed here, so mean u = P^{1/2} mean g and one mean serves both.
     """
     def norms(tree):  # |g|² and |P^{1/2} g|²

@@ -41,7 +41,7 @@ from token_files import prepare
 from token_files.atomic import atomic_write
 
 LICHESS = 'hf://datasets/Lichess/standard-chess-games/data/year=2025/month=01/train-{:05}-of-00072.parquet'
-COLUMNS = {'movetext': ('string', 'large_string'), 'WhiteElo': ('int', 'uint'), 'BlackElo': ('int', 'uint')}  # their types begin so
+COLUMNS = {'movetext': ('string', 'large_string'), 'WhiteElo': ('int', 'uint'), 'BlackElo': ('int', 'uint')}  # type prefixes
 # The order of the published data set. It has 'b' twice: a file and a bishop of Black both get the later id.
 VOCABULARY = ['<BOS>', '<EOS>', *',;+#=?!\n /0123456789-xabcdefghKQRBNOP()lkv:*|rnbqpwm']
 BOS, EOS = 0, 1
@@ -60,10 +60,10 @@ def open_parquet(path: str, **options):
 
     The file is not copied: at a URL it is read as the stream goes on, and lost connections are tried again.
     """
-    from datasets import load_dataset  # here, as the processes that tokenise do not need it
+    from datasets import load_dataset  # not needed by the processes that tokenise
 
     with prepare.clear_errors(path):
-        # escape: `datasets` takes data_files for patterns
+        # `datasets` reads data_files as a pattern, hence escape
         return load_dataset('parquet', data_files=glob.escape(path), split='train', streaming=True, **options)
 
 

@@ -1,6 +1,6 @@
 """Trains one configuration, all its seeds together, to its horizon:  python train.py -cn mlp model.D=64 opt.lr=0.001 T=2e6
 
-The Hydra entry and the training loop. What is compiled is trainer/programs.py's: pure functions of arrays. A Session holds what
+This file has the Hydra entry point and the training loop. trainer/programs.py has the compiled programs. A Session holds what
 changes while a run trains: the state on the devices, the step, the clock and the records.
 """
 import functools
@@ -22,18 +22,18 @@ from trainer import checkpoint, command_line, config, distributed, dry_run, proc
 from trainer.process import Interrupted, note
 from trainer.speed import speed, timed
 
-DISPATCH_SECONDS = 1.0  # the device works alone this long: host costs vanish, the progress bar moves, and a signal is answered
+DISPATCH_SECONDS = 1.0  # of one dispatch: long enough to hide the host's work, short enough for signals and the progress bar
 
 # Metrics without a value before the first update: there is no second moment, no training loss and no earlier evaluation.
 UNDEFINED_AT_START = ('Buvar', 'uvar', 'u2_mean', 'umean2', 'train_loss', 'dh', 'df')
 
 
 def train(run, on_steps=lambda steps, metrics: None) -> list[dict]:
-    """Trains every seed of a run that has not ended, from its newest checkpoint, and returns the summaries of all seeds.
+    """Trains the seeds of a run that have not ended, from their newest checkpoint, and returns the summaries of all seeds.
 
     on_steps(steps, metrics) is called with the number of steps just done and with the metrics to show. Raises Interrupted after a
     signal, once the state is saved; ValueError and OSError, before a folder is made, for data or a folder that cannot be used.
-    With several processes each calls it, and all raise the same errors.
+    Every process of a run calls it, and all raise the same errors.
     """
     with distributed.shared_errors():
         ended = {seed: run_folder.ended(run, seed) for seed in run.all_seeds}
@@ -196,10 +196,10 @@ class Session:
 
 
 def follow_ladder(run):
-    """monitor(rows) -> columns that a run with `watch` set adds to its record (analysis/beyond/monitor.py); {} without it."""
+    """Returns monitor(rows), which gives the columns that `watch` adds to a record (analysis/beyond/monitor.py); {} without it."""
     if not run.watch:
         return lambda rows: {}
-    from analysis.beyond import monitor  # only a run that watches itself waits for SciPy and the fit of a ladder
+    from analysis.beyond import monitor  # SciPy is loaded only for a run with `watch`
 
     return monitor.follow(run.watch, run.derived.num_params, run.derived.compute)
 
@@ -232,7 +232,7 @@ def run_config(cfg, overridden=frozenset()):
         print(f"seed {summary['seed']}: {summary['state']}, test_loss {summary.get('test_loss', float('nan')):.5f}, "
               f"{summary['wall_seconds']:.0f} s at {summary.get('mfu', 0):.0%} of the matmul rate, in {summary['folder']}")
     diverged = any(summary['state'] == 'diverged' for summary in summaries)
-    if diverged and not wandb_logger.agent_environment():  # an agent gives up after some runs that fail
+    if diverged and not wandb_logger.agent_environment():  # an agent stops after several failed runs
         sys.exit(1)
 
 
