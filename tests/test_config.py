@@ -213,7 +213,7 @@ def test_a_record_that_lacks_a_later_key_is_the_same_run(resolve):
     assert config.differences(recorded, run, 0) == []
     assert recorded['opt'].pop('name') == 'adam' and config.differences(recorded, run, 0) == []  # written before the key was added
     recorded['opt']['name'], recorded['model']['D'] = 'other', 64
-    assert set(config.differences(recorded, run, 0)) == {'model.D=64 there, 128 asked', 'opt.name=other there, adam asked'}
+    assert set(config.differences(recorded, run, 0)) == {'model.D=64 there, 128 here', 'opt.name=other there, adam here'}
 
 
 # What cannot run: one line that names the key, an exit code other than 0, nothing left behind

@@ -79,7 +79,7 @@ def test_folder_of_another_configuration_is_refused_with_the_keys_that_differ(ru
     run_folder.RunFolder(run, 0).close('finished')
     assert run_folder.ended(run, 0)
     assert run_folder.ended(run_in('wandb_tag=elsewhere', 'wandb_project=p'), 0)  # keys that do not change what is computed
-    with pytest.raises(run_folder.RunFolderError, match=r'opt\.b1=0\.9 there, 0\.8 asked.*set run_dir') as refused:
+    with pytest.raises(run_folder.RunFolderError, match=r'opt\.b1=0\.9 there, 0\.8 here.*set run_dir') as refused:
         run_folder.ended(run_in('opt.b1=0.8'), 0)
     assert '\n' not in str(refused.value) and 'model.D' not in str(refused.value)
 

@@ -79,7 +79,7 @@ def test_finished_run_is_not_trained_again_and_its_folder_refuses_another(straig
     before = files()
     assert train.train(straight.run) == [straight.summary]
     assert f'seed 1: already finished; to train it again, delete {straight.folder}' in capsys.readouterr().err
-    with pytest.raises(run_folder.RunFolderError, match='opt.lr=0.003 there, 0.004 asked'):
+    with pytest.raises(run_folder.RunFolderError, match='opt.lr=0.003 there, 0.004 here'):
         train.train(small_mlp(f'run_dir={straight.folder}', 'seed=1', 'opt.lr=0.004'))
     assert files() == before
 

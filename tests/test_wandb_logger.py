@@ -93,7 +93,6 @@ def test_repeated_command_sends_what_wandb_lacks_and_then_nothing(run_in, monkey
     def fail(exit_code):
         raise TimeoutError('no answer')
 
-    monkeypatch.setattr(run_folder, 'log_in', lambda run: None)
     for mode in ('online', 'offline'):
         first, second, third = FakeWandb(), FakeWandb(), FakeWandb()
         if mode == 'online':

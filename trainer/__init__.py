@@ -1,1 +1,1 @@
-"""What the training script stands on: configuration, compiled programs, run folder, checkpoints, W&B, devices."""
+"""What the training script uses: configuration, compiled programs, run folder, checkpoints, W&B, devices."""

@@ -1,7 +1,7 @@
 """Checkpoints of one seed's state in a run's folder, by Orbax: written in the background, atomically, and verified when read.
 
-What a state is, and when it is saved, is train.py's. With several processes all of them save and restore together, into one folder
-that they all see; each writes and reads the shards that its devices hold.
+programs.py defines the state, and train.py decides when to save it. Several processes save and restore together, in one folder that
+all of them see. Each writes and reads the shards of its own devices.
 """
 import logging
 import math
@@ -37,7 +37,7 @@ class Checkpoints:
         self.folder, self.manager = Path(folder) / 'checkpoints', None
 
     def save(self, step, state):
-        """Begins to save the state after `step` updates, once the one before is written. A failure is a warning."""
+        """Waits for the previous checkpoint, then starts to save the state after `step` updates. A failure is a warning."""
         self.wait()
         if self.manager is None:
             self.manager = _manager(self.folder.parent, cleanup_tmp_directories=True)
@@ -72,7 +72,7 @@ class Checkpoints:
 
 
 def delete_unshared(group):
-    """Deletes the checkpoints of each of these Checkpoints that another of the group could not save.
+    """Deletes every checkpoint whose step is missing for another seed of the group, which consists of Checkpoints.
 
     The group cannot resume from them, and they would push out older ones that all have. Waits until all are written. Does nothing
     with several processes, which may see different folders.
@@ -118,7 +118,7 @@ def restore(folders, step, like):
 
 @jax.jit
 def checksum(state):
-    """uint32: the sum of all 32-bit words of a state, each times an odd number of its own, so that any single change shows.
+    """uint32: the sum of all 32-bit words of a state, each times its own odd number, so that any single change shows.
 
     Orbax has no checksum for what it stores uncompressed. Computed where the shards are: only scalars are exchanged.
     """

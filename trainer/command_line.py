@@ -55,8 +55,8 @@ def config_names() -> list[str]:
 def as_override(word) -> str:
     """A word of the command line in the form that Hydra accepts for any key, so that config.resolve reports the unknown ones.
 
-    A W&B agent restarts a preempted run with all that the run has logged. What is logged beside the configuration's own keys goes
-    under `expect`, and config.resolve compares it with the values that it derives.
+    A W&B agent restarts a preempted run with all that the run has logged. Logged values that are not keys of the configuration go
+    under `expect`, and config.resolve compares them with the values that it derives.
     """
     override = re.fullmatch(r'\+{0,2}(([A-Za-z_][\w.]*)=.*)', word, re.DOTALL)
     if not override:  # an option of Hydra, the choice of a launcher, or a deletion

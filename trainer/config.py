@@ -1,7 +1,7 @@
 """The configuration of a run: its keys with their types and limits, and all values derived from them.
 
-`resolve` turns what Hydra composed into a frozen `Run`. It is called once, at the start of a command. Every other module is given
-the `Run`. The defaults are in configs/default.yaml.
+`resolve` turns what Hydra composed into a frozen `Run`. It is called once for each run. Every other module is given the `Run`.
+The defaults are in configs/default.yaml.
 """
 import dataclasses
 import difflib
@@ -136,7 +136,7 @@ BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'watch', 'stop_above', 'wandb_mo
 # identity, so that names of runs, and therefore their folders, stay what they were before the key was added.
 ADDED_KEYS = {'opt.name': 'adam'}
 
-# The short names of keys in the published logs. W&B gets them beside the dotted names.
+# The short names of keys in the published logs. W&B gets both these and the dotted names.
 SHORT_NAMES = {
     'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh', 'mlp_expansion': 'model.mlp_expansion',
     'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule', 'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens',
@@ -380,9 +380,9 @@ def identity(run, seed) -> dict:
 
 
 def differences(recorded, run, seed) -> list[str]:
-    """'KEY=a there, b asked' for each key in which a recorded configuration (nested dicts) has another identity than this run."""
+    """'KEY=a there, b here' for each key of the identity in which a recorded configuration (nested dicts) differs from this run."""
     there, wanted = ADDED_KEYS | flatten(recorded), ADDED_KEYS | flatten(identity(run, seed))
-    return [f'{key}={there.get(key)} there, {value} asked' for key, value in wanted.items() if there.get(key) != value]
+    return [f'{key}={there.get(key)} there, {value} here' for key, value in wanted.items() if there.get(key) != value]
 
 
 def _as_dict(run, seed):

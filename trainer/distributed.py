@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-MESSAGE_BYTES = 400  # of an error that one process tells the others
+MESSAGE_BYTES = 400  # of an error message that is sent to the other processes
 
 
 def initialize(num_processes=None, process_id=None, coordinator=None, automatic=True):
     """Joins the processes of one run through jax.distributed. Call it before JAX is used.
 
     With num_processes=None the processes are those of a Slurm step of several tasks or of a TPU pod, if `automatic`; otherwise this
-    process trains alone. Raises ValueError if they cannot be joined.
+    process trains alone. Raises ValueError if the processes cannot be joined.
     """
     slurm = int(os.environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_STEP_NODELIST' in os.environ
     found = automatic and (slurm or importlib.util.find_spec('libtpu') is not None)
@@ -97,7 +97,7 @@ def _gather(*values):  # [processes, len(values)]
 def shared_errors():
     """An error of one process in this block is raised in all of them, so that none waits for a process that has ended.
 
-    Covers ValueError and OSError, which a user can mend. The other processes raise a ValueError with the same message.
+    Covers ValueError and OSError, which a user can correct. The other processes raise a ValueError with the same message.
     """
     error = None
     try:

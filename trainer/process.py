@@ -1,4 +1,4 @@
-"""The program as the operating system and its user see it: stop signals, one-line errors, warnings, the compilation cache."""
+"""Stop signals, one-line errors, warnings, the progress bar and the compilation cache."""
 import os
 import signal
 import sys
@@ -24,8 +24,8 @@ class Interrupted(Exception):
 def stop_signals():
     """Yields a list of the stop signals received, for the training loop to read between two dispatches.
 
-    A second signal, at least REPEAT_SECONDS after the first, ends the process at once, whatever it waits for. A thread sees to
-    that, because Python runs signal handlers only after the call in progress (to a device, to a server) has returned.
+    A second signal, at least REPEAT_SECONDS after the first, ends the process at once. A thread does this, because Python
+    runs signal handlers only after the call in progress (to a device, to a server) has returned.
     """
     received = []
     read_end, write_end = os.pipe()
@@ -71,7 +71,7 @@ def brief(error):
 
 @contextmanager
 def one_line_errors():
-    """Ends the program with one line for errors that the user can mend, and with exit code 128 + n after signal n."""
+    """Ends the program with one line for errors that the user can correct, and with exit code 128 + n after signal n."""
     try:
         yield
     except Interrupted as stop:

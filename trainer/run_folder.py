@@ -1,7 +1,7 @@
 """A run's folder: config.yaml, history.jsonl, summary.json and a lock. It is the original record of the run.
 
-The states in it are checkpoint.py's, its copy in W&B wandb_logger.py's. What the rows mean is train.py's. Folders are read back by
-analysis/table.py.
+checkpoint.py writes the states, wandb_logger.py the copy in W&B. train.py decides what a row holds. analysis/table.py reads folders
+back.
 """
 import fcntl
 import importlib.metadata
@@ -23,7 +23,7 @@ from token_files.atomic import atomic_write
 from trainer import config, distributed
 from trainer.checkpoint import Checkpoints
 from trainer.process import warn
-from trainer.wandb_logger import WandbLogger, agent_environment, log_in
+from trainer.wandb_logger import WandbLogger, agent_environment
 
 ENDED = ('finished', 'diverged', 'stopped')  # states of a run that is not trained further
 SUMMED = ('wall_seconds', 'compile_seconds', 'train_seconds', 'eval_seconds')  # over all sessions of a run
@@ -36,8 +36,8 @@ class RunFolderError(ValueError):
 class RunFolder:
     """Writes the record of one seed while it trains.
 
-    It resumes at `step` with the rows of the folder up to the step `evaluated`. Later rows and checkpoints, of an attempt that is
-    repeated, are removed. Only the main process writes the record; all processes save checkpoints.
+    It resumes at `step` with the rows of the folder up to the step `evaluated`. Later rows and checkpoints are removed,
+    because their steps are trained again. Only the main process writes the record; all processes save checkpoints.
     """
 
     def __init__(self, run, seed, step=0, evaluated=-1, stops=()):
@@ -149,7 +149,6 @@ def send_to_wandb_again(run, summary) -> dict:
     incomplete = summary.get('wandb') != 'complete' or agent_environment()
     if not (run.wandb_mode == 'online' and incomplete and distributed.is_main_process()):
         return summary
-    log_in(run)
     origin = environment()
     origin = {key: origin[key] for key in ('revision', 'device')}
     return finish_copy(WandbLogger(run, summary['seed'], summary, read_history(summary['folder']), origin), summary)
@@ -229,7 +228,7 @@ def read_summary(folder) -> dict:
 
 
 def read_history(folder) -> list[dict]:
-    """The rows of history.jsonl up to the first line that is not JSON, which a kill or a fault of the disk has cut."""
+    """The rows of history.jsonl up to the first line that is not JSON, which a kill or a disk error has cut short."""
     path = Path(folder) / 'history.jsonl'
     rows = []
     for line in path.read_text(errors='replace').split('\n')[:-1] if path.exists() else ():

@@ -1,6 +1,6 @@
-"""The copy of a run in W&B. The only file of the trainer that knows W&B.
+"""The copy of a run in W&B. No other file of the trainer imports wandb.
 
-The record on disk, which is the original, is run_folder.py's. Reading W&B back is save_logs.py's.
+run_folder.py writes the original record on disk. save_logs.py reads runs back from W&B.
 """
 import atexit
 import functools
@@ -23,8 +23,8 @@ TIMEOUT_INTERRUPTED = 15  # seconds that a run which a signal has stopped waits 
 class WandbLogger:
     """Writes one run to W&B from a thread of its own, so that training never waits for a server.
 
-    Rows are numbered. A run that resumes sends its whole curve again, and W&B keeps what it lacks. If the server does not answer
-    at the start, the copy is written offline, for `wandb sync`.
+    Rows are numbered. A run that resumes sends its whole curve again, and W&B adds the rows that it lacks. If the server does not
+    answer at the start, the copy is written offline, for `wandb sync`.
     """
 
     def __init__(self, run, seed, summary, rows, origin, stops=()):
@@ -46,7 +46,7 @@ class WandbLogger:
         while call := self.calls.get():
             try:
                 call()
-            except Exception as error:  # of any kind: W&B's client is not to stop a training whose record is on disk
+            except Exception as error:  # any error: the record is on disk, so W&B's client must not stop training
                 self.error = self.error or error
 
     def _open(self, run, seed, summary):
@@ -73,7 +73,7 @@ class WandbLogger:
             self.run = wandb.init(mode='offline', **arguments, settings=wandb.Settings(run_id=secrets.token_hex(4), **settings))
         self.run.define_metric('*', step_metric='step')
         if self.sweep:
-            self.run.mark_preempting()  # W&B requeues a run that ends without exit code 0, or without a word
+            self.run.mark_preempting()  # W&B requeues a run that ends with an exit code other than 0, or disappears
 
     def log(self, index, row):
         self.calls.put(lambda: self.run.log(row, step=index))
@@ -104,7 +104,7 @@ class WandbLogger:
         return self.online
 
     def _wait(self):
-        """Until the thread has ended, or a signal tells to stop waiting."""
+        """Waits until the thread has ended, or until a signal."""
         begun, signals, told = time.monotonic(), len(self.stops), False
         while self.thread.is_alive():
             self.thread.join(0.2)
@@ -140,10 +140,10 @@ def log_in(run):
 def agent_environment() -> dict:
     """{sweep_id, run_id} that a W&B agent has started this process with, {} without an agent.
 
-    They are taken out of the environment, where every run that this process opens would find them: only the first seed is the
-    sweep's.
+    They are removed from the environment, where every W&B run of this process would read them: only the first seed belongs to the
+    sweep.
     """
     if 'WANDB_SWEEP_ID' not in os.environ:
         return {}
-    os.environ.pop('WANDB_SWEEP_PARAM_PATH', None)  # values that also reach us as overrides
+    os.environ.pop('WANDB_SWEEP_PARAM_PATH', None)  # the same values are on the command line
     return {'sweep_id': os.environ.pop('WANDB_SWEEP_ID'), 'run_id': os.environ.pop('WANDB_RUN_ID')}
