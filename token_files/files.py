@@ -26,7 +26,7 @@ FINGERPRINT_BYTES, FINGERPRINT_BLOCKS = 1 << 16, 64
 
 
 class Tokens(NamedTuple):
-    """One split of a data set, read as one endless stream of token ids, however many files hold it."""
+    """One split of a data set, read as one endless stream of token ids over all its files."""
 
     files: list[Path]
     parts: list[np.memmap]  # the tokens of each file, without its header

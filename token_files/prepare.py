@@ -1,4 +1,4 @@
-"""What the preparations share: one data set's folder, its unfinished files, and its last step. The work is in prepare_*.py."""
+"""What prepare_*.py share: checks, the folder of unfinished files, and writing meta.json."""
 
 import errno
 import fcntl
@@ -43,7 +43,7 @@ def make_data_set(out: Path, source: dict, write) -> None:
     """Make the data set of `source` in the folder `out`, or nothing if `out` holds it already.
 
     write(folder) writes train.bin and test.bin, and perhaps meta.pkl, into the folder `OUT/.preparing`, and returns the content of
-    meta.json with `source` in it. Then the files are renamed into `out`, and meta.json is written last: where it stands, the data
+    meta.json with `source` in it. Then the files are renamed into `out`, and meta.json is written last: if it exists, the data
     set is complete. A killed run leaves `OUT/.preparing` for the next one.
 
     Raises ValueError if `out` holds any other data set, or if another process is making one there.
