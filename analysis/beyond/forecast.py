@@ -169,11 +169,11 @@ def leave_out(table, seen_values=(0.0,), min_models=4):
 def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, schedule=None, pairs=None):
     """(the forecast of one target as a dict, notes). The arguments are the options of the command: see its --help."""
     ladder = ladder_field.read_ladder(table, [seen] if seen else [])
-    asked, largest_p = params_of(table, wanted), between_widths(table, highest=max_width)['num_params'].max()
-    small, target = split(ladder, asked, largest_p, seen, None if schedule else tokens)
+    wanted_p, largest_p = params_of(table, wanted), between_widths(table, highest=max_width)['num_params'].max()
+    small, target = split(ladder, wanted_p, largest_p, seen, None if schedule else tokens)
     p, draws, curves, notes = target.p, forecast(small, target), baselines(small, target.compute), []
-    if abs(p / asked - 1) > 1e-9:
-        notes.append(f'the target with {asked:.6g} parameters is taken to be the model with {p:.10g} in the log')
+    if abs(p / wanted_p - 1) > 1e-9:
+        notes.append(f'the target with {wanted_p:.6g} parameters is taken to be the model with {p:.10g} in the log')
     if schedule:
         times = 6 * p * tokens / target.compute if tokens else 1.0
         alpha, spread = schedules.alpha_of_reference(pairs)

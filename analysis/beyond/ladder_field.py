@@ -15,7 +15,7 @@ Write u = log C* and let L0 be the irreducible loss. One run of a model is
 
 w and the transient part of d are corrections to scaling: the steps of their random walks shrink like C*^(-FADING_EXPONENT), as the
 paper finds that the curves approach a common limit. The lasting part of d is needed beside them: a wrong L0 also bends the curves
-smoothly, and would otherwise take the blame for every smooth drift.
+smoothly, and every smooth drift would otherwise change the estimate of L0.
 
 Given L0 and five other parameters, everything above is jointly Gaussian, so a forecast is a conditional distribution. Conditioning
 on the first part of the target's own curve is the same calculation with more data. The six parameters ("scales") are
@@ -24,7 +24,7 @@ on the first part of the target's own curve is the same calculation with more da
     w, lasting d, transient d, noise shared by seeds (relative to the noise of one seed)
 
 with uniform priors within SCALE_BOUNDS. They are sampled from their posterior by importance_sampling.py. L0 is mostly determined by
-the whole curves and not by their ends: the differences L(x) - L(1) fall as C*^(-b) whatever L0 is.
+the whole curves and not by their ends: the differences L(x) - L(1) fall as C*^(-b) for every L0.
 """
 
 from typing import NamedTuple

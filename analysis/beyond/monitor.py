@@ -2,7 +2,7 @@
 
 The ladder's forecast of the run's curve is L̂(x). The collapse residual is (L(x) - L̂(x)) / (L̂(x) - L0). Its covariance over x is
 that of the forecast, so the p-value of all residuals so far combines two tests: one of their common height, one of their shape. A
-residual that stays inside a wide band but has the wrong shape is found as well. Two low p-values in a row raise the alarm.
+residual that stays inside a wide band but has the wrong shape is detected, too. Two low p-values in a row raise the alarm.
 """
 
 from typing import NamedTuple
@@ -94,14 +94,14 @@ def horizon_compute(table):
 
 
 def follow(ladder_log, p, compute):
-    """Returns look(rows) for a run with p parameters that ends at `compute` FLOPs, against the ladder in a log file.
+    """Returns columns(rows) for a run with p parameters that ends at `compute` FLOPs, against the ladder in a log file.
 
-    rows are the {'compute', 'test_loss'} so far. look returns residual, p_value and forecast when the last row has passed a new
+    rows are the {'compute', 'test_loss'} so far. columns returns residual, p_value and forecast when the last row has passed a new
     knot, else {}.
     """
     expected = expect(ladder_field.read_ladder(logs.clean(logs.load(ladder_log))[0]), p)
 
-    def look(rows):
+    def columns(rows):
         x, loss = np.array([(row['compute'] / compute, row['test_loss']) for row in rows if row['compute'] > 0]).reshape(-1, 2).T
         knots_passed = np.searchsorted(expected.x, x * (1 + 1e-9), 'right')
         if len(x) < 2 or knots_passed[-1] == knots_passed[-2]:
@@ -109,7 +109,7 @@ def follow(ladder_log, p, compute):
         reading = read(expected, x, loss)
         return {'residual': float(reading.residual[-1]), 'p_value': float(reading.p_value[-1]),
                 **{name: value for name, value in reading._asdict().items() if name.startswith('forecast')}}
-    return look
+    return columns
 
 
 def analyse(table, ladder_table, tokens=None, level=None):
