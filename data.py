@@ -169,6 +169,7 @@ def fourier_task(run) -> Task:
 # Next-token prediction from token files
 
 def token_task(run, seeds, rows) -> Task:
+    """Batches of B sequences of L tokens. Raises ValueError if a file is too short or an id is not below V."""
     B, L, V = run.opt.B, run.model.L, run.model.V
     train, held_out = (token_files.open_tokens(run.ds_path, split) for split in ('train', 'test'))
     n = run.derived.num_test_batches

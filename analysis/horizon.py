@@ -31,6 +31,7 @@ class Curves(NamedTuple):
 
 
 class Horizon(NamedTuple):
+    """C* = (p / scale)^exponent · 1e15 FLOPs, fitted to K tangent points."""
     scale: float
     exponent: float
     scale_ci: list        # 90% interval [low, high], or None for two tangent points
