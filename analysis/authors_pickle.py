@@ -95,11 +95,8 @@ def read_pickle(path):
     if 'schedule' in frame:
         runs['schedule'] = frame['schedule'].map(lambda label: SCHEDULE_LABELS.get(label, label))
     runs['num_params'] = runs['num_params'].fillna(runs.pop('P'))
-    if 'tokens' in rows:
-        end = rows.groupby('run').last()
-        runs['num_params'] = runs['num_params'].fillna((end['compute'] / (6 * end['tokens'])).round())
     if runs['num_params'].isna().any():
-        raise LogError(f'{path}: a row has neither num_params nor P, nor tokens to derive them from')
+        raise LogError(f'{path}: a row has neither num_params nor P')
     if 'Buvar' in rows:
         T_eval = np.where(runs['L'] == 1, T_EVAL_MLP, T_EVAL_TRANSFORMER)
         runs['num_test_batches'] = T_eval // (runs['B'] * runs['L'])

@@ -61,8 +61,8 @@ def curves(table, x=GRID):
     rows = dict(list(table.groupby('run', sort=False)))
     x = np.asarray(x, float)
     x = x[x >= max(own['compute'].iloc[0] / horizon[run] for run, own in rows.items())]
-    if not len(x) or x[-1] != 1:
-        raise LogError('the grid of normalised compute must end at 1 and begin where the runs do')
+    if not len(x):
+        raise LogError('a run has its first evaluation after its horizon C*')
     p, model = np.unique(ends['num_params'], return_inverse=True)
     loss = np.array([scaling_law.loss_at(rows[run], x * horizon[run]) for run in ends.index])
     lr, tau = (np.array([np.interp(x * horizon[run], rows[run]['compute'], rows[run][column]) for run in ends.index])
@@ -155,16 +155,14 @@ def verdict_in_words(result):
     return f'supercollapse: {found}'
 
 
-def uncertainty(curves, points, law, draws=200, seed=0, fixed_L0=None, ddof=0):
+def uncertainty(curves, L0, ddof=0, seed=0):
     """90% intervals of Δ, σ and both onsets, and the share of draws without an onset (`never`), by their keys in `analyse`.
 
-    A draw resamples the seeds within each model, and fits L0 again to resampled final losses unless it is fixed. Drawing n seeds
-    with replacement lowers their variance to (n-1)/n and adds noise to the mean of the model. Both parts of Δ are corrected for
-    this, and the draws of σ are scaled to the σ of the log. Every model needs two seeds.
+    L0 [S] has a value for each draw. A draw resamples the seeds within each model. Drawing n seeds with replacement lowers their
+    variance to (n-1)/n and adds noise to the mean of the model. Both parts of Δ are corrected for this, and the draws of σ are
+    scaled to the σ of the log. Every model needs two seeds.
     """
-    rng, seeds, R = np.random.default_rng(seed), np.bincount(curves.model), len(curves.model)
-    L0 = np.full(draws, fixed_L0) if fixed_L0 is not None else np.minimum(
-        scaling_law.bootstrap(points, law, draws, seed)[0]['L0'], curves.loss[:, -1].min() * (1 - 1e-6))
+    rng, draws, seeds, R = np.random.default_rng(seed), len(L0), np.bincount(curves.model), len(curves.model)
     weight = np.array([np.concatenate([np.bincount(rng.integers(n, size=n), minlength=n) for n in seeds]) for _ in range(draws)])
     drawn = spread(curves, L0, ddof, weight=weight)
     within = drawn.within ** 2 / (1 - 1 / seeds).mean()
@@ -198,10 +196,7 @@ def analyse(table, L0=None, ddof=0, draws=200):
     here, points, notes = curves(table), scaling_law.optimal_points(table), []
     seeds, one_model = np.bincount(here.model), len(here.p) == 1
     refits = profile = sensitivity = None
-    if one_model and L0 is not None:
-        law = scaling_law.Law(np.nan, np.nan, L0)
-    else:
-        law = scaling_law.fit(points.compute, points.loss, L0)
+    law = scaling_law.fit(points.compute, points.loss, L0)
     if L0 is None:
         refits, origin = scaling_law.bootstrap(points, law)
         profile = scaling_law.profile(points)
@@ -224,7 +219,8 @@ def analyse(table, L0=None, ddof=0, draws=200):
         sensitivity = {'L0': floors, 'supercollapse_from': onset(here.x, each.delta, each.sigma.mean(1))}
     intervals = dict.fromkeys(('delta_ci', 'sigma_ci', 'supercollapse_from_ci', 'supercollapse_from_every_model_ci', 'never'))
     if seeds.min() > 1 and not one_model:
-        intervals = uncertainty(here, points, law, draws, fixed_L0=L0, ddof=ddof)
+        floors = np.full(draws, L0) if L0 is not None else scaling_law.bootstrap(points, law, draws)[0]['L0']
+        intervals = uncertainty(here, np.minimum(floors, here.loss[:, -1].min() * (1 - 1e-6)), ddof)
     return {
         'fit': {**law._asdict(), **{f'{k}_ci': interval(refits[k]) if refits else None for k in ('a', 'b', 'L0')},
                 'L0_profile_ci': profile and profile[0], 'L0_identifiable': profile and profile[1], 'L0_fixed': L0 is not None},

@@ -5,19 +5,20 @@
 The loss and the normalised loss ℓ are compared (eq. 1, with the L0 of the whole published ladder).
 """
 
+import pandas as pd
+
 from analysis import collapse, scaling_law
-from analysis.table import LogError, runs, select
+from analysis.table import LogError, runs, where
 
 
 def same_model(table, published):
     """The published runs with the model and schedule of the table. Raises LogError if there are none, or if the horizons differ."""
-    ends = runs(table)
-    if ends['num_params'].nunique() > 1:
-        raise LogError(f'one model is compared at a time, and the log has {ends["num_params"].nunique()}; choose one with '
+    end = runs(table).iloc[0]
+    if table['num_params'].nunique() > 1:
+        raise LogError(f'one model is compared at a time, and the log has {table["num_params"].nunique()}; choose one with '
                        '--where D=…')
-    wanted = {column: ends[column].iloc[0] for column in ('num_params', 'schedule', 'peak_lr', 'B')
-              if column in ends and column in published and ends[column].notna().all()}
-    same = select(published, **wanted)
+    same = where(published, *(f'{column}={end[column]}' for column in ('num_params', 'schedule', 'peak_lr', 'B')
+                              if column in published and pd.notna(end.get(column))))
     C, theirs = (scaling_law.horizon_of(one).mean() for one in (table, same))
     if abs(C / theirs - 1) > 0.01:
         raise LogError(f'the horizons differ: C* = {C:.4g} FLOPs here, {theirs:.4g} in the published log')

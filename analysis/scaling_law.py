@@ -85,17 +85,19 @@ def loss_at(rows, compute):
 
 
 def fit(compute, loss, L0=None):
-    """The Law with the smallest summed Huber loss over a, b and L0 >= 0. A given L0 is held. compute [M] in FLOPs, loss [M].
+    """The Law with the smallest summed Huber loss over a, b and L0 >= 0. compute [M] in FLOPs, loss [M].
 
     Given L0, log(L - L0) is a straight line in log C. So the starts are a dense line of values of L0, each with its line.
-    Raises LogError for fewer than three models (two if L0 is held), if the loss does not fall with compute, or if L0 is not
-    below every loss.
+    A given L0 is held; with one model a and b are then NaN. Raises LogError for fewer than three models without L0, if the loss
+    does not fall with compute, or if L0 is not below every loss.
     """
     u, centre, y = _centred(compute, loss)
     least = np.exp(y.min())
-    if len(u) < (3 if L0 is None else 2):
-        raise LogError(f'a fit of L0 + a·C^(-b) needs at least three models, or two and a given L0 (--L0); got {len(u)}')
+    if len(u) == 1 and L0 is not None:
+        return Law(np.nan, np.nan, L0)
     if L0 is None:
+        if len(u) < 3:
+            raise LogError(f'a fit of L0 + a·C^(-b) needs at least three models, got {len(u)}; give L0 (--L0) instead')
         share = np.concatenate([[0.0], np.geomspace(1e-3, 0.5, 12), 1 - np.geomspace(0.4, 1e-3, 12)])  # dense near both ends
         theta, objective = _best(u, y[None], _line(u, y, share * least))
         if not theta[0, 1] > 1e-6:
@@ -223,9 +225,7 @@ def bootstrap(points, law, draws=400, seed=0):
 
 
 def interval(draws):
-    """Percentile interval [low, high] of draws along the first axis, without NaN, as lists. None if there are no draws."""
-    if draws is None or not np.isfinite(draws).any():
-        return None
+    """Percentile interval [low, high] of draws along the first axis, without NaN, as lists."""
     return np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
 
 

@@ -42,10 +42,8 @@ def trace_share(table):
 
     It is NaN for n = 1, because one batch has no deviation from its own mean.
     """
-    if 'num_test_batches' not in table:
-        return np.ones(len(table))
-    n = table['num_test_batches'].to_numpy(float)
-    return np.where(np.isnan(n), 1.0, np.where(n > 1, (n - 1) / np.maximum(n, 1), np.nan))
+    n = table.get('num_test_batches', pd.Series(np.nan, table.index))
+    return ((n - 1) / n).where(n > 1).mask(n.isna(), 1.0)
 
 
 def align(table):

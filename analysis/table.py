@@ -174,28 +174,21 @@ def runs(table):
     return table.groupby('run', sort=False).tail(1).set_index('run')
 
 
-def select(table, **wanted):
-    """Rows in which every named column has the value, e.g. select(t, schedule='const', D=512). LogError if there are none."""
-    for column, value in wanted.items():
-        require(table, [column], f'selecting {column}={value}')
-        found = table[column].dropna().unique()
-        if value not in found:
-            raise LogError(f'no run with {column}={value}; the log has {column} {", ".join(map(str, sorted(found.tolist())))}')
-        table = table[table[column] == value]
-    return table
-
-
-def where(table, condition):
-    """`select` for a condition 'COLUMN=VALUE' from the command line. LogError if it has another form."""
-    column, equals, value = condition.partition('=')
-    if not equals or column not in table:
-        raise LogError(f'{condition!r}: wanted COLUMN=VALUE with a column of {", ".join(table.columns)}')
-    if column not in TEXT_COLUMNS:
+def where(table, *conditions):
+    """The rows that meet every condition 'COLUMN=VALUE'. LogError if one has another form or no row meets it."""
+    for condition in conditions:
+        column, equals, value = condition.partition('=')
+        if not equals or column not in table:
+            raise LogError(f'{condition!r}: wanted COLUMN=VALUE with a column of {", ".join(table.columns)}')
         try:
-            value = float(value)
+            value = value if column in TEXT_COLUMNS else float(value)
         except ValueError:
             raise LogError(f'{condition!r}: {column} is a number') from None
-    return select(table, **{column: value})
+        found = sorted(table[column].dropna().unique())
+        if value not in found:
+            raise LogError(f'no run with {condition}; the log has {column} {", ".join(map(str, found))}')
+        table = table[table[column] == value]
+    return table
 
 
 def between_widths(table, lowest=None, highest=None):

@@ -93,7 +93,7 @@ def test_sigma_interval_covers_the_planted_noise():
         loss = 1 + 5e-3 * rng.normal(size=(40, 2))                              # 8 models of 5 seeds, L0 0, no decay
         curves = collapse.Curves(np.array([0.5, 1]), loss, np.repeat(np.arange(8), 5), np.geomspace(1, 10, 8), [''] * 40,
                                  np.ones(2), np.ones(2))
-        low, high = np.array(collapse.uncertainty(curves, None, None, 80, seed, fixed_L0=0.0, ddof=1)['sigma_ci'])[:, -1]
+        low, high = np.array(collapse.uncertainty(curves, np.zeros(80), ddof=1, seed=seed)['sigma_ci'])[:, -1]
         hits.append(low <= 5e-3 * 0.940 <= high)  # 0.940: what the standard deviation of five normals is on average
     assert 0.80 <= np.mean(hits) <= 0.97, np.mean(hits)
 

@@ -244,7 +244,7 @@ def test_nothing_left_is_an_error():
     with pytest.raises(logs.LogError, match='no finished run.*4 running runs'):
         logs.clean(small(state='running'))
     with pytest.raises(logs.LogError, match='no run with D=7; the log has D 32'):
-        logs.select(small(), D=7)
+        logs.where(small(), 'D=7')
     with pytest.raises(logs.LogError, match='needs Buvar'):
         logs.require(small(), ['Buvar'], 'a test')
     with pytest.raises(logs.LogError, match="'D:32'"):
