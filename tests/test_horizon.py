@@ -40,6 +40,8 @@ def test_clean_curves_give_the_planted_horizon():
     # A discrete ladder of models a factor of 2 apart: the three-point derivative is off by a few per cent of C*.
     assert found.exponent == pytest.approx(EXPONENT, abs=0.02) and found.scale == pytest.approx(SCALE, rel=0.03)
     assert len(found.p) == 4                                                    # of six: the ends are dropped
+    uneven = curves._replace(p=np.delete(curves.p, 2), loss=curves.loss[:2] + curves.loss[3:])
+    assert horizon.fit(uneven).exponent == pytest.approx(EXPONENT, abs=0.05)    # a gap in the ladder
 
 
 def test_compute_of_the_rule():

@@ -85,6 +85,13 @@ def test_L0_profile():
     assert not law.profile(law_points(np.random.default_rng(3), L0=0.0, noise=1e-2))[1]
 
 
+def test_resampled_means_vary_by_the_standard_error():
+    """The deviation of the drawn means is s/√n with the unbiased s, up to 3%. Without √(n/(n-1)) it is 13% less."""
+    points = law_points(np.random.default_rng(0), seeds=4)
+    losses, _ = law.resampled_losses(points, None, 20000, np.random.default_rng(1))
+    np.testing.assert_allclose(losses.std(0), [L.std(ddof=1) / 2 for L in points.losses], rtol=0.03)
+
+
 def test_one_seed_takes_its_noise_from_the_residuals():
     points = law_points(np.random.default_rng(4), seeds=1)
     draws, origin = law.bootstrap(points, law.fit(points.compute, points.loss), draws=50)

@@ -121,6 +121,11 @@ def test_prediction_is_tested_on_schedules_left_out():
     assert {(row['schedule'], row['decay_frac']) for row in rows} == {(s, d) for s in SHAPES if s != 'const' for d in (1, 0.2)}
     for row in rows:
         assert row['runs'] == 2 and row['error'] < 0.06 < 0.2 < row['no_noise_term']  # control: no noise term
+    aligned, _ = schedules.align(planted(np.random.default_rng(1)))
+    half = aligned['reference'] + (aligned['loss'] - aligned['reference']) / 2  # the cosine runs lose half as much
+    rows = schedules.leave_one_out(aligned.assign(loss=half.where(aligned['schedule'] == 'cosine', aligned['loss'])))
+    for row in rows:  # only where the cosine runs are left out, the α is the planted one
+        assert (abs(row['alpha_without'] - 0.27) < 0.005) == (row['schedule'] == 'cosine')
 
 
 def test_alignment_is_at_equal_tau():

@@ -233,6 +233,14 @@ def test_runs_cut_short_diverged_or_unfinished_are_left_out_by_name():
         assert 'D32-s0' not in set(cleaned['run']) and cleaned['run'].nunique() == 3 and 'D32-s0' in ' '.join(notes)
 
 
+def test_of_two_evaluations_at_one_step_the_last_is_kept():
+    table = small()
+    again = table.iloc[[5]].assign(test_loss=0.5 * table['test_loss'][5])
+    cleaned, notes, _ = logs.clean(pd.concat([table, again], ignore_index=True))
+    assert len(cleaned) == len(table) and 'logged twice' in notes[0]
+    assert cleaned['test_loss'].iloc[5] == again['test_loss'].iloc[0]
+
+
 def test_nan_rows_inside_a_run_are_left_out_and_counted():
     table = small()
     table.loc[[5, 6], 'test_loss'] = [np.nan, np.inf]
