@@ -1,5 +1,4 @@
-"""Run a preparation, kill it with SIGKILL at random moments, start it again: for the tests and for measure_prepare.py."""
-
+"""Kills a preparation with SIGKILL at random moments and starts it again, for the tests and for measure_prepare.py."""
 import hashlib
 import random
 import shutil
@@ -21,15 +20,15 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def kill_at_random(script, arguments, out: Path, want: dict[str, str], kills: int, seconds: float, seed: int = 0) -> int:
-    """Start the script and kill it up to `seconds` after it begins work, until `kills` have hit it at work; then let it finish.
+    """Kills the script `kills` times at random moments of its work, lets it finish, and returns how often it was started.
 
-    Asserts that whatever stands under its final name after a kill, and all of it in the end, is what `want` (checksums of an
-    uninterrupted run) says. A run that finishes first is wiped, so that the next begins afresh. Returns the runs it took.
+    Each kill comes up to `seconds` after the script has begun to work. want: checksums of the files of an uninterrupted run.
+    Asserts that every finished file after a kill, and all files at the end, are those. A run that ends before its kill is removed.
     """
     rng, hits, runs = random.Random(seed), 0, 0
     while hits < kills:
         process = subprocess.Popen([sys.executable, HERE / script, *map(str, arguments)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (out / '.preparing').exists():  # the first kill meets it at work, not importing
+        while process.poll() is None and not (out / '.preparing').exists():  # it is still importing
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1) * seconds)
         killed, runs = process.poll() is None, runs + 1

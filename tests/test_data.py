@@ -1,4 +1,4 @@
-"""The power-law task against a naive construction of the published stream, and batches from token files against plain slices."""
+"""The two tasks: power-law data against a naive construction of the published stream, token batches against plain slices."""
 import os
 
 import jax
@@ -10,9 +10,8 @@ import data
 
 # Power-law regression
 
-
 def naive_modes():
-    """The published draw, 10,000 modes in the order of the stream: k [n, 8] integers, w [n], phase [n] in radians; float64."""
+    """The 10,000 published modes, drawn in the published order: k [n, 8] integers, w [n], phase [n] in radians; float64."""
     n = 10_000
     k_magnitude, k_direction, k_weight, k_phase = jax.random.split(jax.random.PRNGKey(42), 4)
     r = np.asarray((1 - jax.random.uniform(k_magnitude, (n,))) ** (-1 / 2))
@@ -24,7 +23,7 @@ def naive_modes():
 
 
 def naive_stream(seed, n, B):
-    """The first n batches of inputs, each splitting the current key in two: the next key and the one its inputs come from."""
+    """The first n batches of inputs [n, B, 8]. Each splits the current key into the next key and the key of its inputs."""
     key, out = jax.random.PRNGKey(seed), []
     for _ in range(n):
         key, sample = jax.random.split(key)
@@ -42,19 +41,19 @@ def fourier(small_mlp):
     return data.fourier_task(small_mlp())
 
 
-def batches(task, steps, read=None):
-    """The training batches of these steps, one after another, through the blocks they lie in."""
+def batches(task, steps):
+    """The training batches of these steps, read from the blocks that hold them."""
     draw = jax.jit(task.batch)
     return [draw(jax.tree.map(lambda a, i=i: a[i % task.block_steps], task.block(i // task.block_steps))) for i in steps]
 
 
-def test_the_target_agrees_with_ten_thousand_cosines():
+def test_target_agrees_with_ten_thousand_cosines():
     modes = naive_modes()
     x = naive_stream(43, 1, 256)[0]
-    summed = data.fourier_modes()
-    y = jax.jit(lambda x: data.fourier_target(x, summed))(x)
+    distinct = data.fourier_modes()
+    y = jax.jit(lambda x: data.fourier_target(x, distinct))(x)
     want = naive_target(x, modes)
-    # float32 turns 2π·k·x, |k| up to 56, to about 1e-5, weighted by w of order 0.01: measured 1.1e-6
+    # The float32 argument 2π·k·x, with |k| up to 56, is good to 1e-5. Weights w are of order 0.01. Measured: 1.1e-6.
     np.testing.assert_allclose(y, want, atol=1e-5)
     assert np.abs(want - naive_target(x, (modes[0], modes[1], 0 * modes[2]))).max() > 0.1  # the control: the phases matter
 
@@ -62,21 +61,21 @@ def test_the_target_agrees_with_ten_thousand_cosines():
 def test_published_facts_of_the_modes():
     k, _, phase = naive_modes()
     first = k[np.arange(len(k)), np.argmax(k != 0, axis=1)]
-    direction = np.where(first < 0, -k.T, k.T).T  # k and -k are one
+    direction = np.where(first < 0, -k.T, k.T).T  # k and -k are one mode
     assert len(np.unique(np.column_stack([direction, phase]), axis=0)) == 3908  # published
-    summed = data.fourier_modes()[0]
-    assert summed.shape[1] == len(np.unique(direction, axis=0))  # a cosine and a sine of one k are one mode too
-    assert abs(summed).max() == abs(k).max() == 56
+    distinct = data.fourier_modes()[0]
+    assert distinct.shape[1] == len(np.unique(direction, axis=0))  # a cosine and a sine of one k are one mode too
+    assert abs(distinct).max() == abs(k).max() == 56
 
 
 def test_half_the_mean_square_of_the_published_test_batches(resolve):
     test = data.fourier_task(resolve('mlp')).test
     assert test.y.shape == (24, 4096)
-    # published to five digits; the sum of 98,304 float32 squares is good to 1e-6
+    # Published with five digits. The sum of 98,304 float32 squares is good to 1e-6.
     assert float(jnp.mean(test.y**2) / 2) == pytest.approx(0.47689, abs=2e-5)
 
 
-def test_streams_are_the_published_ones(fourier):
+def test_inputs_are_the_published_streams(fourier):
     n = len(fourier.test.x)
     np.testing.assert_array_equal(fourier.test.x, naive_stream(44, n, 32))
     drawn = np.array([b.x for b in batches(fourier, range(5))])
@@ -86,30 +85,30 @@ def test_streams_are_the_published_ones(fourier):
 
 def test_a_power_law_batch_is_a_function_of_the_step(small_mlp, monkeypatch):
     monkeypatch.setattr(data, 'BLOCK_STEPS', 4)
-    forth, back = data.fourier_task(small_mlp()), data.fourier_task(small_mlp('seed=7'))
-    ahead = {k: np.asarray(forth.block(k)) for k in (0, 1, 2, 3)}
-    for k in (3, 0, 2, 1):  # any order, another seed
-        np.testing.assert_array_equal(back.block(k), ahead[k])
-    np.testing.assert_array_equal([b.x for b in batches(back, range(3, 10))], naive_stream(43, 10, 32)[3:])
-    assert len(np.unique(np.concatenate(list(ahead.values())), axis=0)) == 16  # no key twice
+    first, second = data.fourier_task(small_mlp()), data.fourier_task(small_mlp('seed=7'))
+    blocks = {k: np.asarray(first.block(k)) for k in (0, 1, 2, 3)}
+    for k in (3, 0, 2, 1):  # in another order, with another seed
+        np.testing.assert_array_equal(second.block(k), blocks[k])
+    np.testing.assert_array_equal([b.x for b in batches(second, range(3, 10))], naive_stream(43, 10, 32)[3:])
+    assert len(np.unique(np.concatenate(list(blocks.values())), axis=0)) == 16  # no key twice
 
 
-def test_the_random_stream_is_pinned(fourier, small_mlp):
-    """Batches and modes are the same where JAX's global setting is the other one, though other draws are not."""
-    there = np.asarray(jax.random.uniform(jax.random.PRNGKey(0), (16,)))
+def test_random_stream_does_not_depend_on_the_setting_of_jax(fourier, small_mlp):
+    """Batches and modes are the same under both values of jax_threefry_partitionable. Other draws are not."""
+    usual = np.asarray(jax.random.uniform(jax.random.PRNGKey(0), (16,)))
     with jax.threefry_partitionable(False):
-        elsewhere = data.fourier_task(small_mlp())
-        (a,), (b,) = batches(fourier, [3]), batches(elsewhere, [3])
+        other = data.fourier_task(small_mlp())
+        (a,), (b,) = batches(fourier, [3]), batches(other, [3])
         modes = data.fourier_modes()
-        assert not np.array_equal(jax.random.uniform(jax.random.PRNGKey(0), (16,)), there)  # the control
+        assert not np.array_equal(jax.random.uniform(jax.random.PRNGKey(0), (16,)), usual)  # the control
     np.testing.assert_array_equal(a.x, b.x)
     np.testing.assert_array_equal(a.y, b.y)
-    np.testing.assert_array_equal(fourier.test.x, elsewhere.test.x)
-    for one, other in zip(modes, data.fourier_modes(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(fourier.test.x, other.test.x)
+    for found, usual in zip(modes, data.fourier_modes(), strict=True):
+        np.testing.assert_array_equal(found, usual)
 
 
-def test_cosine_of_turns_is_accurate_far_out():
+def test_cosine_of_turns_is_accurate_for_many_turns():
     t = np.random.default_rng(0).uniform(-250, 250, 10_000).astype(np.float32)
     np.testing.assert_allclose(data.cos_turns(t), np.cos(2 * np.pi * t.astype(np.float64)), atol=5e-7)  # as its docstring says
 
@@ -125,10 +124,10 @@ def open_small(small_transformer):
     return opened
 
 
-def test_batch_b_is_the_bth_block_and_the_file_goes_round(write_tokens, open_small, monkeypatch):
+def test_batch_b_is_the_bth_block_and_the_file_wraps_around(write_tokens, open_small, monkeypatch):
     folder = write_tokens()
     tokens = np.fromfile(folder / 'train.bin', np.uint8)
-    monkeypatch.setattr(data, 'BLOCK_BYTES', 8 * 16 * 3)  # three batches a block: 5,000 tokens end inside the 40th batch
+    monkeypatch.setattr(data, 'BLOCK_BYTES', 8 * 16 * 3)  # three batches a block; the 5,000 tokens end inside the 40th batch
     run, task = open_small(folder)
     B, L = run.opt.B, run.model.L
     assert task.block_steps == 3
@@ -143,11 +142,11 @@ def test_batch_b_is_the_bth_block_and_the_file_goes_round(write_tokens, open_sma
     np.testing.assert_array_equal(task.test.x, test.reshape(-1, B, L))
 
 
-def test_uint16_shards_hold_one_stream(tmp_path, open_small):
+def test_uint16_shards_are_read_as_one_stream(tmp_path, open_small):
     rng = np.random.default_rng(3)
     header = np.zeros(256, '<i4')
     train, n = rng.integers(0, 60, 3000).astype('<u2'), 1234
-    train[7] = 1000  # no uint8
+    train[7] = 1000  # does not fit in uint8
     for name, part in (('x_train_000001', train[:n]), ('x_train_000002', train[n:]), ('x_val_000000', train[:512])):
         header[:3] = 20240520, 1, len(part)
         with open(tmp_path / f'{name}.bin', 'wb') as f:
@@ -162,7 +161,7 @@ def test_uint16_shards_hold_one_stream(tmp_path, open_small):
 
 
 def test_shuffled_blocks_depend_on_seed_and_step_alone(write_tokens, open_small):
-    folder = write_tokens(train=np.repeat(np.arange(39), 128).astype(np.uint8))  # block b holds nothing but b
+    folder = write_tokens(train=np.repeat(np.arange(39), 128).astype(np.uint8))  # block b holds only the id b
     run, both = open_small(folder, 'shuffle=true', seeds=(0, 1))
     _, alone = open_small(folder, 'shuffle=true', 'seed=1', seeds=(1,))
     _, ordered = open_small(folder)
@@ -178,7 +177,7 @@ def test_shuffled_blocks_depend_on_seed_and_step_alone(write_tokens, open_small)
 
 
 def test_shuffled_blocks_beyond_two_billion_tokens(write_tokens, open_small):
-    """Their positions do not fit in the 32 bits of a block's number. The file is sparse: it takes no room."""
+    """Positions in the file do not fit in 32 bits, which the numbers of blocks do. The file is sparse and takes no disk space."""
     folder = write_tokens()
     os.truncate(folder / 'train.bin', 5 << 30)
     drawn = np.asarray(data.drawn_blocks(0, np.arange(100), (5 << 30) // 128))
@@ -192,7 +191,7 @@ def test_shuffled_blocks_beyond_two_billion_tokens(write_tokens, open_small):
 
 @pytest.mark.parametrize('meta, published', [(None, False), ({'pad_id': 0}, False), ({'pad_id': 5}, False), ({'pad_id': 0}, True)])
 def test_which_targets_count(write_tokens, open_small, meta, published):
-    """Padding is what the data set says it is: id 0 counts where no meta names it."""
+    """The meta file of the data set names the padding id. Without one, id 0 counts."""
     tokens = np.random.default_rng(0).integers(0, 8, 5000, np.uint8)
     _, task = open_small(write_tokens(meta, train=tokens, test=tokens[:1024]), f'published_averaging={published}')
     for batch in (*batches(task, [0, 2]), jax.tree.map(lambda a: a[1], task.test)):
@@ -202,12 +201,12 @@ def test_which_targets_count(write_tokens, open_small, meta, published):
                 if s < 15:
                     assert y[row, s] == x[row, s + 1]
                     assert weight[row, s] == (published or meta is None or y[row, s] != meta['pad_id'])
-                else:  # published: the last position predicts id 0, and counts
+                else:  # published: the last position predicts id 0, which counts
                     assert weight[row, s] == published and (not published or y[row, s] == 0)
 
 
 def test_published_averaging_is_the_mean_over_every_position(write_tokens, open_small):
-    """The published loss: -log softmax at every position, the last one's target being 0, divided by B·L."""
+    """The published loss is the sum of -log softmax over all positions, with target 0 at the last one, divided by B·L."""
     tokens = np.random.default_rng(0).integers(0, 54, 5000, np.uint8)
     tokens[::3] = 0
     _, task = open_small(write_tokens({'pad_id': 0}, train=tokens), 'published_averaging=true')
@@ -222,7 +221,7 @@ def test_published_averaging_is_the_mean_over_every_position(write_tokens, open_
     assert total / weight == pytest.approx(want, rel=1e-6)  # float32
 
 
-def test_weight_zero_targets_change_nothing():
+def test_targets_of_weight_zero_do_not_change_the_sums():
     rng = np.random.default_rng(0)
     loss, weight = rng.normal(size=(4, 6)).astype(np.float32), rng.integers(0, 2, (4, 6)).astype(bool)
     changed = np.where(weight, loss, 1e6).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Models: counts, initial values, the forward pass against plain NumPy, causality, compute type."""
+"""The models: counts, initial values, the forward pass against plain NumPy, causality, compute type, rematerialisation."""
 import math
 
 import jax
@@ -13,7 +13,7 @@ import model as models
 
 @pytest.fixture(scope='module')
 def cfg_of(resolve):
-    """cfg_of(arch, *overrides) -> config.Model of a small model of that kind."""
+    """cfg_of(arch, *overrides) -> the config.Model of a small model."""
     small = {'mlp': ('mlp', 'model.D=32', 'model.N=2'),
              'transformer': ('chess', 'ds_path=x', 'model.D=32', 'model.dh=16', 'model.N=2', 'model.L=12', 'T=1e6',
                              'opt.warmup_tokens=0')}
@@ -21,7 +21,7 @@ def cfg_of(resolve):
 
 
 def dense(arch, cfg):
-    """Weights with nothing at zero, so that every path through the model matters; the same at every call."""
+    """Weights without zeros, so that every path through the model has an effect. They are the same at every call."""
     rng = np.random.default_rng(1)
     _, shapes, _ = models.structure(arch, cfg)
     return jax.tree.map(lambda w: rng.standard_normal(w.shape, np.float32) / np.float32(math.sqrt(w.shape[0])), shapes)
@@ -52,7 +52,7 @@ def test_parameter_counts(resolve, name, overrides, p):
     assert resolve(name, *overrides).derived.num_params == p
 
 
-def test_roles_are_declared_for_every_weight(cfg_of):
+def test_every_weight_has_a_role(cfg_of):
     declared = {'mlp': {'input': 1, 'hidden': 4, 'output': 1}, 'transformer': {'input': 2, 'hidden': 8, 'output': 1}}
     for arch, expected in declared.items():
         _, params, roles = models.structure(arch, cfg_of(arch))
@@ -62,7 +62,7 @@ def test_roles_are_declared_for_every_weight(cfg_of):
 
 
 def product_flops(function, *args):
-    """FLOPs of every matrix product in the traced function: 2 for each multiplication with its addition."""
+    """FLOPs of all matrix products in the traced function: 2 for each multiplication and its addition."""
     def walk(jaxpr):
         total = 0
         for eqn in jaxpr.eqns:
@@ -79,7 +79,7 @@ def product_flops(function, *args):
 
 
 @pytest.mark.parametrize('arch', ['mlp', 'transformer'])
-def test_training_flops_are_thrice_the_products_of_the_forward_pass(cfg_of, arch):
+def test_training_flops_are_three_times_those_of_the_forward_products(cfg_of, arch):
     cfg = cfg_of(arch)
     _, params, _ = models.structure(arch, cfg)
     x = inputs(arch, cfg)
@@ -87,19 +87,19 @@ def test_training_flops_are_thrice_the_products_of_the_forward_pass(cfg_of, arch
     assert models.train_flops_per_token(arch, cfg) * tokens == 3 * product_flops(forward(arch, cfg), params, x)
 
 
-def test_flops_of_the_mlp_are_those_of_the_scaling_law(cfg_of):
+def test_flops_of_the_mlp_are_six_a_parameter(cfg_of):
     cfg = cfg_of('mlp')
     assert models.train_flops_per_token('mlp', cfg) == 6 * sum(models.param_groups('mlp', cfg).values())
 
 
 # Initial values
 
-def test_a_zero_readout_gives_the_loss_of_knowing_nothing(cfg_of):
+def test_zero_readout_gives_the_loss_of_a_uniform_prediction(cfg_of):
     cfg = cfg_of('transformer')
     params = init('transformer', cfg)
     f, _ = forward('transformer', cfg)(params, inputs('transformer', cfg))
     loss = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(f, inputs('transformer', cfg))
-    np.testing.assert_allclose(loss, math.log(cfg.V), rtol=3e-7)  # 64 equal logits: float32 rounding of one logarithm
+    np.testing.assert_allclose(loss, math.log(cfg.V), rtol=3e-7)  # 64 equal logits; float32 rounding of one logarithm
 
     cfg = cfg_of('mlp')
     f, h = forward('mlp', cfg)(init('mlp', cfg), inputs('mlp', cfg))
@@ -127,7 +127,7 @@ def test_initial_variances_and_zero_starts(cfg_of, arch):
 
 
 def assert_std(w, std):
-    # Normal draws: mean and std of n draws have standard errors std/√n and std/√2n; five of them.
+    # The mean and the std of n normal draws have standard errors std/√n and std/√2n. The bound is five of them.
     n = w.size
     assert abs(float(w.mean())) < 5 * std / math.sqrt(n)
     assert abs(float(w.std()) / std - 1) < 5 / math.sqrt(2 * n)
@@ -160,7 +160,7 @@ def np_mlp(params, x, N):
 
 
 def np_transformer(params, tokens, N):
-    """One sequence at a time, one head at a time, one position at a time."""
+    """The model with a loop over sequences, heads and positions."""
     out_f, out_h = [], []
     for row in tokens:
         h = params['embed'][row] + params['position'][:len(row)]
@@ -187,14 +187,14 @@ def test_forward_pass_agrees_with_plain_numpy(cfg_of, arch, reference):
     x = inputs(arch, cfg)
     f, h = forward(arch, cfg)(params, x)
     want_f, want_h = reference(jax.tree.map(lambda w: np.asarray(w, np.float64), params), np.asarray(x), cfg.N)
-    # float32 sums of a few hundred terms of order 1 lose up to some 1e-5 of the largest entry
+    # float32 sums of a few hundred terms of order 1 are good to 1e-5 of the largest entry
     np.testing.assert_allclose(f, want_f, atol=2e-5 * abs(want_f).max())
     np.testing.assert_allclose(h, want_h, atol=2e-5 * abs(want_h).max())
 
 
 @pytest.mark.parametrize('arch, factor', [('mlp', 6), ('transformer', 3)])
 def test_depth_scales_the_branches(cfg_of, arch, factor):
-    """The MLP branch alone, in a model of one block: scale_by_depth multiplies it by 6/N or 3/N."""
+    """In a model of one block, scale_by_depth multiplies the MLP branch by 6/N (MLP) or 3/N (transformer)."""
     step = {}
     for scaled in (True, False):
         cfg = cfg_of(arch, 'model.N=1', f'model.scale_by_depth={scaled}')
@@ -207,11 +207,11 @@ def test_depth_scales_the_branches(cfg_of, arch, factor):
         block['fc2'] = 0 * block['fc2']
         step[scaled] = after - forward(arch, cfg)(params, inputs(arch, cfg))[1]
     assert abs(step[False]).max() > 0.1
-    np.testing.assert_allclose(step[True], factor * step[False], atol=1e-5 * abs(step[True]).max())  # one float32 addition of h
+    np.testing.assert_allclose(step[True], factor * step[False], atol=1e-5 * abs(step[True]).max())  # float32 rounding of h
 
 
-def test_attention_in_pieces_is_attention():
-    """Value and gradients, over 200 positions in pieces of 64 and a rest, with the largest scores there are (q = k)."""
+def test_attention_in_chunks_equals_attention():
+    """Value and gradients over 200 positions, in chunks of 64 and a rest, with the largest possible score (q = k)."""
     q, k, v, g = (jax.random.normal(key, (2, 200, 2, 16)) for key in jax.random.split(jax.random.key(0), 4))
     q, k = models.rms_norm(q), models.rms_norm(k)
     k = k.at[:, 150].set(q[:, 170])
@@ -228,20 +228,20 @@ def test_attention_in_pieces_is_attention():
 # Causality
 
 def test_no_gradient_from_the_future(cfg_of):
-    """Row s of the table holds how strongly output s depends on the embedding at each position."""
+    """Row s of the table holds the norm of the derivative of output s by the embedding at each position."""
     cfg = cfg_of('transformer')
     run = forward('transformer', cfg)
     params = dense('transformer', cfg)
     tokens = inputs('transformer', cfg, B=1)
     weights = np.random.default_rng(3).standard_normal(cfg.V, np.float32)
 
-    def outputs(position):  # the table of positions is added to every embedding: a handle on each position
+    def outputs(position):  # positional embeddings are added to those of the tokens, so their gradients are equal
         return run({**params, 'position': position}, tokens)[0][0] @ weights  # [L]
 
     table = np.linalg.norm(jax.jit(jax.jacobian(outputs))(params['position']), axis=-1)  # [L outputs, L positions]
     future = np.triu(np.ones((cfg.L, cfg.L), bool), 1)
     assert (table[future] == 0).all()
-    assert (table[~future] > 1e-4).all()  # the control: the past and the present count
+    assert (table[~future] > 1e-4).all()  # the control: past and present have an effect
 
 
 # Compute type, remat
@@ -254,7 +254,7 @@ def test_bfloat16_computes_on_float32_weights(cfg_of, arch):
     (f32, _), (f16, h16) = forward(arch, wide)(params, x), forward(arch, narrow)(params, x)
     assert h16.dtype == jnp.bfloat16 and f16.dtype == jnp.float32
     error = np.linalg.norm(f16 - f32) / np.linalg.norm(f32)
-    assert 1e-4 < error < 0.05  # bfloat16 keeps 8 bits: 0.4% a rounding, a dozen roundings; and it is really in use
+    assert 1e-4 < error < 0.05  # bfloat16 keeps 8 bits: 0.4% a rounding, a dozen roundings. Below 1e-4 it would not be in use.
     g = jax.eval_shape(jax.grad(lambda p: jnp.sum(forward(arch, narrow)(p, x)[0] ** 2)), params)
     assert {w.dtype for w in jax.tree.leaves((params, g))} == {jnp.dtype('float32')}
 
@@ -268,6 +268,6 @@ def test_remat_changes_no_gradient(cfg_of, arch):
         gradient = jax.grad(lambda p, cfg=cfg: jnp.mean(forward(arch, cfg)(p, inputs(arch, cfg))[0] ** 2))
         gradients.append(jax.jit(gradient)(params))
         traces.append(str(jax.make_jaxpr(gradient)(params)))
-    # the same sums, perhaps fused in another order: float32 rounding of the largest entry
+    # float32 rounding of the largest entry: the compiler may sum in another order
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * abs(a).max()), *gradients)
-    assert 'remat' not in traces[0] and 'remat' in traces[1]  # the control: something was recomputed
+    assert 'remat' not in traces[0] and 'remat' in traces[1]  # the control: blocks are recomputed

@@ -1,4 +1,4 @@
-"""Schedules and τ in closed form, µP rates, Adam and the gradient trace against plain NumPy, and what µP is for."""
+"""Schedules and τ in closed form, µP learning rates, Adam and the gradient trace against plain NumPy, and what µP achieves."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ ENDS = {'const': 1, 'linear': 0, 'cosine': 0, 'quadratic': 0, 'power': 0, 'exp':
 MIDDLES = {'const': 1, 'linear': 0.5, 'cosine': 0.5, 'quadratic': 0.75, 'power': 0.25, 'exp': 10**-0.5, 'multicosine': 0.5}
 
 
-def test_every_schedule_has_its_law_here():
+def test_every_schedule_is_tested_here():
     assert set(optimizer.SCHEDULES) == set(ENDS) == set(MIDDLES)
 
 
@@ -25,7 +25,7 @@ def test_every_schedule_has_its_law_here():
 def test_schedule_warms_up_holds_and_decays_to_its_end(name, warmup, decay_frac):
     steps = 1000
     s = optimizer.schedule(name, decay_frac, warmup, steps)
-    start = round(steps - decay_frac * (steps - warmup))  # the decay fills the last part of what follows the warm-up
+    start = round(steps - decay_frac * (steps - warmup))  # of the decay: the last decay_frac of the steps after the warm-up
     assert s.shape == (steps + 1,) and s.min() >= 0 and s.max() <= 1
     np.testing.assert_allclose(s[:warmup], np.arange(warmup) / max(warmup, 1), atol=1e-12)
     np.testing.assert_allclose(s[warmup:start + 1], 1, atol=1e-12)
@@ -60,9 +60,9 @@ def test_gradient_flow_time_is_the_integral_of_the_rate(name, closed_form):
     steps, lr = 10_000, 0.3
     tau = optimizer.gradient_flow_time(lr * optimizer.schedule(name, 1, 0, steps))
     u = np.arange(steps + 1) / steps
-    # the sum is a left Riemann sum of a monotone function: off by at most one step's fall of the rate
+    # a left Riemann sum of a monotone function is off by at most one step times the fall of the learning rate
     np.testing.assert_allclose(tau, lr * steps * closed_form(u), atol=lr)
-    assert tau[0] == 0 and tau[1] == lr  # the steps taken *before* the current one
+    assert tau[0] == 0 and tau[1] == lr  # the steps before the current one
     if name == 'linear':
         np.testing.assert_allclose(tau[-1], lr * (steps + 1) / 2, rtol=1e-12)
 
@@ -81,9 +81,9 @@ EVERY_WEIGHT = {  # under µP with embed_lr_mult 10 and readout_lr_mult 0.1
     (('opt.mup=false',), dict.fromkeys(('qkv', 'out', 'fc1', 'fc2', 'readout'), 4)),
     (('model.D=128',), dict.fromkeys(('qkv', 'out', 'fc1', 'fc2', 'readout'), 4)),
     (('model.D=128', 'opt.mup=false'), dict.fromkeys(('qkv', 'out', 'fc1', 'fc2', 'readout'), 4)),
-    (('model.mlp_expansion=4',), {}),  # the fan-in of fc2 over that of the base model is still the ratio of widths
+    (('model.mlp_expansion=4',), {}),  # the fan-in of fc2 over that of the base model stays the ratio of widths
 ])
-def test_peak_rates_of_every_weight(resolve, overrides, factor):
+def test_peak_learning_rate_of_every_weight(resolve, overrides, factor):
     run = resolve('chess', 'ds_path=x', f'model.D={D}', f'opt.lr={LR}', 'opt.embed_lr_mult=10', *overrides)
     _, _, roles = models.structure('transformer', run.model)
     for path, role in jax.tree_util.tree_leaves_with_path(roles):
@@ -127,7 +127,7 @@ def test_adam_agrees_with_plain_numpy(resolve):
 # The gradient trace
 
 def np_trace(g, u, B):
-    """Spec of the trace from stacked gradients [n, p]: g of the loss, u preconditioned."""
+    """The metrics from stacked gradients [n, p]: g, and u, which is preconditioned."""
     out = {}
     for letter, a in (('g', g), ('u', u)):
         variance = a.var(axis=0).sum()  # population variance
@@ -136,7 +136,7 @@ def np_trace(g, u, B):
     return out
 
 
-@pytest.mark.parametrize('mean', [1.0, 300.0])  # a mean far above the spread: a difference of large sums would lose the variance
+@pytest.mark.parametrize('mean', [1.0, 300.0])  # a difference of two large sums would lose the variance beside a mean of 300
 def test_gradient_trace_agrees_with_plain_numpy(mean):
     n, B, rng = 7, 16, np.random.default_rng(1)
     g = {'a': mean + rng.normal(size=(n, 3, 4)), 'b': rng.normal(size=(n, 5))}
@@ -149,7 +149,7 @@ def test_gradient_trace_agrees_with_plain_numpy(mean):
     flat_P = np.concatenate([P['a'].ravel(), P['b']])
     want = np_trace(flat, flat * np.sqrt(flat_P), B)
     assert trace.keys() == want.keys()
-    for k in want:  # deviations of order 1 from a mean known to float32 (300·6e-8 = 2e-5)
+    for k in want:  # deviations of order 1 from a mean with float32 rounding errors (300·6e-8 = 2e-5)
         np.testing.assert_allclose(trace[k], want[k], rtol=1e-4, err_msg=k)
 
 
@@ -159,15 +159,15 @@ def test_trace_of_equal_batches_has_no_variance():
     assert trace['Bgvar'] == 0 and trace['gmean2'] > 1e5
 
 
-# What µP is for
+# What µP achieves
 
 B, STEPS = 128, 100
 
 
 def learn(resolve, arch, D, rates, steps, seeds, targets):
-    """Adam at constant rates, {mup: (features h and outputs f before and after [rate, seed, …], losses [rate, seed, steps])}.
+    """{mup: (features h and outputs f before and after [rate, seed, …], losses [rate, seed, steps])} of Adam at constant rates.
 
-    Written from model.py and optimizer.py alone. Rates ride along as data, so that one program serves all of them.
+    It uses model.py and optimizer.py alone. Learning rates are arguments of one compiled program.
     """
     overrides = {'mlp': ('mlp', 'model.base_D=64', 'model.N=1', 'opt.readout_lr_mult=1'),
                  'transformer': ('chess', 'ds_path=x', 'model.base_D=64', 'model.N=1', 'model.dh=16', 'model.L=8', 'model.V=32',
@@ -210,9 +210,9 @@ def power_law_batches(resolve):
 
 @pytest.mark.parametrize('arch', ['mlp', 'transformer'])
 def test_update_sizes_do_not_depend_on_width(resolve, power_law_batches, arch):
-    """Fitted exponents of D in the rms of the last features h, of their change dh and of the output's change df, over 4 steps."""
+    """Fits the exponent of D in the RMS of the last features h, of their change dh and of the output's change df over 4 steps."""
     targets, widths, rate = power_law_batches, (32, 256), 0.0005
-    if arch == 'transformer':  # ids that follow from the one before, so that there is something to learn
+    if arch == 'transformer':  # the next id is a function of the current one, which can be learned
         tokens = np.random.default_rng(0).integers(0, 32, (4, 64, 8))
         targets, widths, rate = (tokens, (tokens * 5 + 3) % 32), (64, 256), 0.004
     sizes = {True: [], False: []}
@@ -225,7 +225,7 @@ def test_update_sizes_do_not_depend_on_width(resolve, power_law_batches, arch):
     print(slopes)
     # measured: at most 0.03 with µP (0.13 for the df of the transformer at these small widths); without it 0.8 to 1.1
     assert max(map(abs, slopes[True].values())) < 0.15, slopes
-    assert slopes[False]['dh'] > 0.3 and slopes[False]['df'] > 0.3, slopes  # the control: without µP they grow
+    assert slopes[False]['dh'] > 0.3 and slopes[False]['df'] > 0.3, slopes  # the control: they grow without µP
 
 
 def test_the_best_learning_rate_transfers_across_width(resolve, power_law_batches):
@@ -233,10 +233,10 @@ def test_the_best_learning_rate_transfers_across_width(resolve, power_law_batche
     best = {}
     for D in (32, 256):
         for mup, (_, losses) in learn(resolve, 'mlp', D, 2.0**log_rates, STEPS, 1, power_law_batches).items():
-            final = np.asarray(losses)[:, 0, -40:].mean(1)  # one batch is noisy: forty, the same for every rate
+            final = np.asarray(losses)[:, 0, -40:].mean(1)  # the mean over forty batches, the same for every rate
             i = np.clip(np.argmin(final), 1, len(final) - 2)
-            a, b, _ = np.polyfit(log_rates[i - 1:i + 2], final[i - 1:i + 2], 2)  # the bottom, between the rates tried
+            a, b, _ = np.polyfit(log_rates[i - 1:i + 2], final[i - 1:i + 2], 2)  # the minimum, between the learning rates tried
             best[mup, D] = -b / (2 * a)
     print(best)
-    assert abs(best[True, 256] - best[True, 32]) < 1, best  # within a factor of two, over widths a factor of eight apart
-    assert best[False, 32] - best[False, 256] > 2, best  # the control: without µP it falls with the width
+    assert abs(best[True, 256] - best[True, 32]) < 1, best  # within a factor of two, for widths a factor of eight apart
+    assert best[False, 32] - best[False, 256] > 2, best  # the control: it falls with the width without µP
