@@ -13,7 +13,7 @@ from analysis.beyond import forecast as forecasting
 from analysis.beyond import monitor, schedule_curves
 from analysis.beyond import schedule_laws as laws
 from analysis.table import LogError
-from figures import commands
+from figures import commands, tables
 
 SHOWN_X = (0.1, 0.3, 0.5, 1)  # at which a forecast is printed
 # The published fit's objective over its minimum: 2 and 13 on the curves it was made for, 61 on squared errors of about 0.02.
@@ -44,38 +44,30 @@ def forecast(argv):
     table, notes, copies = commands.read(args)
     if each:
         rows = forecasting.leave_out(table, (args.seen,), min_models=3 if table['num_params'].nunique() < 6 else 5)
-        return commands.report(args, {'splits': rows}, _split_lines(rows), notes)
+        return commands.finish(args, {'splits': rows}, _split_lines(rows), notes)
     result, more = forecasting.analyse(table, args.target, max_width, args.seen, args.horizon, args.rate, args.schedule,
                                        logs.clean(logs.load(args.pairs))[0] if args.pairs else None)
-    if args.out:
-        from figures import beyond_panels
-        commands.save(lambda: beyond_panels.forecast(table, result), args.out)
-    commands.report(args, result | {'duplicates_dropped': copies}, _forecast_lines(result), notes + more)
-
-
-def _text(table, default='.5f', **formats):
-    """A data frame as text: each column of numbers by its format, or by the default."""
-    return table.to_string(index=False, float_format=f'{{:{default}}}'.format,
-                           formatters={name: f'{{:{form}}}'.format for name, form in formats.items()})
+    commands.finish(args, result | {'duplicates_dropped': copies}, _forecast_lines(result), notes + more,
+                    'beyond_panels.forecast', table, result)
 
 
 def _forecast_lines(result):
     """A forecast as text."""
     bands = ['mean', 'lo50', 'hi50', 'lo90', 'hi90']
-    at = [int(np.argmin(np.abs(result['x'] - x))) for x in SHOWN_X]
-    curve = pd.DataFrame({name: result[name][at] for name in ['x', *bands]})
-    final = pd.DataFrame(result['budgets'])[['times', *bands, 'p']]
+    at = [np.abs(result['x'] - x).argmin() for x in SHOWN_X]
+    curve = pd.DataFrame({name: result[name][at] for name in ['x', *bands]}).rename(columns={'mean': 'median'})
+    final = pd.DataFrame(result['budgets'])[['times', *bands, 'p']].rename(columns={'mean': 'median'})
     hours = f', {result["hours"]:.3g} hours' if result['hours'] else ''
-    out = [f'{len(result["ladder"])} models up to p = {result["ladder"][-1]:.6g} forecast p = {result["num_params"]:.6g}: '
-           f'{result["compute"]:.4g} FLOPs ({result["times_compute"]:.3g} times the largest), {result["tokens"]:.4g} tokens{hours}',
-           f'L0 {result["L0"]:.4g}{commands.bracket(result["L0_90"])}; the bands are for the mean of {result["seeds"]} run(s)',
-           'loss at x = C/C*, its median and its 50% and 90% intervals:', _text(curve.rename(columns={'mean': 'median'}), x='.2f'),
+    out = [f'forecast from {len(result["ladder"])} models up to p = {result["ladder"][-1]:.6g}, for {result["times_compute"]:.3g} '
+           f'times the compute of the largest{hours}; the bands are for the mean of {result["seeds"]} run(s)',
+           commands.text(tables.summary(result)), 'loss at x = C/C*, its median and its 50% and 90% intervals:',
+           commands.text(curve, '.5f', x='.2f'),
            'final loss of a compute-optimal model at multiples of the ladder\'s largest compute:',
-           _text(final.rename(columns={'mean': 'median'}), p='.6g')]
+           commands.text(final, '.5f', p='.6g')]
     if error := result['error']:
         table = pd.DataFrame([{'': name, **row} for name, row in {'forecast': error, **error['baselines']}.items()])
         out += [f'error relative to L - L0 for x >= {forecasting.ERRORS_FROM_X} (L0 = {error["L0"]:.4g}, from the whole log):',
-                _text(table[['', 'reducible_median', 'reducible_worst', 'final']], '.2%'),
+                commands.text(table[['', 'reducible_median', 'reducible_worst', 'final']], '.2%'),
                 f'the 90% band holds {error["covered90"]:.0%} of the curve']
     return out
 
@@ -84,7 +76,8 @@ def _split_lines(rows):
     """The errors of every split as text, and their means."""
     errors = ['reducible_median', 'reducible_worst', 'final', 'baseline_final', 'covered90']
     table = pd.DataFrame(rows)[['models', 'p', 'times_compute', *errors]]
-    return [_text(table, '.2%', p='.6g', times_compute='.3g'), 'mean', _text(table[errors].mean().to_frame().T, '.2%')]
+    means = table[errors].mean().to_frame().T
+    return [commands.text(table, '.2%', p='.6g', times_compute='.3g'), 'mean', commands.text(means, '.2%')]
 
 
 def watch(argv):
@@ -100,10 +93,8 @@ def watch(argv):
     while True:
         table = _load_run(source)
         result = monitor.analyse(table, ladder, args.horizon, level)
-        if args.out and len(result['x']):
-            from figures import beyond_panels
-            commands.save(lambda result=result: beyond_panels.watch(result), args.out)
-        commands.report(args, {k: v for k, v in result.items() if k != 'expected'}, _watch_lines(result), notes)
+        commands.finish(args, {k: v for k, v in result.items() if k != 'expected'}, _watch_lines(result), notes,
+                        'beyond_panels.watch' if len(result['x']) else None, result)
         state = table['state'].iloc[-1] if 'state' in table else None
         if not args.every or result['now'] >= 0.999 or state not in (None, 'unfinished', 'running'):
             break
@@ -133,7 +124,7 @@ def _watch_lines(result):
         return [f'x = {result["now"]:.3f}: nothing to compare yet; the ladder begins at x = {result["expected"].x[0]:g}']
     at = np.unique(np.linspace(0, len(result['x']) - 1, 8).astype(int))
     table = pd.DataFrame({name: result[name][at] for name in ('x', 'residual', 'lo90', 'hi90', 'p_value')})
-    out = [_text(table, '+.2%', x='.2f', p_value='.1e')]
+    out = [commands.text(table, '+.2%', x='.2f', p_value='.1e')]
     off = np.isfinite(result['alarm'])
     out.append(f'ALARM: off its ladder from x = {result["alarm"]:.3g} (p-value below {result["level"]:.2g})' if off else 'on track')
     out.append(f'x = {result["now"]:.3f}: loss {result["loss"]:.5g}, forecast of the final loss {result["forecast"]:.5g} '
@@ -160,17 +151,10 @@ def schedule_laws(argv):
     if fits[1].objective > MAX_OBJECTIVE_RATIO * fits[2].objective:
         notes.append(f'the fit of the {fits[1].law.name} has stopped far from its minimum: its step sizes are made for losses of a '
                      'few nats')
-    if args.out:
-        from figures import beyond_panels
-        commands.save(lambda: beyond_panels.schedule_laws(curves, fits[:2], fitted), args.out)
     values = {one.law.name: dict(zip(one.law.names, one.values, strict=True)) | {'objective': one.objective} for one in fits}
     result = {'fitted': fitted, 'unseen': rows, 'mean': means.to_dict('index'), 'laws': values}
-    commands.report(args, result, _law_lines(fitted, fits, rows, means), notes)
-
-
-def _law_lines(fitted, fits, rows, means):
-    """Fitted parameters and the errors on unseen curves as text."""
-    out = [f'{one.law.name}: ' + ', '.join(f'{name} {value:.4g}' for name, value in zip(one.law.names, one.values, strict=True))
-           for one in fits]
-    table = pd.concat([pd.DataFrame(rows).sort_values('curve', kind='stable'), means.reset_index().assign(curve='MEAN')])
-    return [*out, f'fitted on {", ".join(fitted)}; errors on the unseen curves, in units of the loss:', _text(table)]
+    by_law = pd.DataFrame.from_dict(values, orient='index').rename_axis('law').reset_index()
+    errors = pd.concat([pd.DataFrame(rows).sort_values('curve', kind='stable'), means.reset_index().assign(curve='MEAN')])
+    lines = [commands.text(by_law), f'fitted on {", ".join(fitted)}; errors on the unseen curves, in units of the loss:',
+             commands.text(errors, '.5f')]
+    commands.finish(args, result, lines, notes, 'beyond_panels.schedule_laws', curves, fits[:2], fitted)

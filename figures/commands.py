@@ -1,8 +1,11 @@
-"""What the commands share: options, reading a log, JSON on stdout, saving a figure."""
+"""What the commands share: options, reading a log, saving a figure, printing text and JSON."""
 
 import argparse
 import json
 import sys
+from importlib import import_module
+
+import pandas as pd
 
 from analysis import table as logs
 
@@ -29,18 +32,21 @@ def read(args, keep_duplicates=False):
     return logs.clean(table, keep_duplicates)
 
 
-def save(draw, path):
-    """Call `draw` for a figure and write it to `path`. Matplotlib is imported here, so that commands without --out start fast."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from figures import style
-    style.use_theme()
-    style.save(draw(), path)
-    print(f'figure: {path}', file=sys.stderr)
+def finish(args, result, lines, notes, panel=None, *drawn):
+    """Write the figure of --out and print the result on stdout.
 
-
-def report(args, result, lines, notes):
-    """Print the result on stdout, with --json as JSON in which NaN and infinities are null. Notes always go to stderr."""
+    The figure is drawn by the function `panel`, e.g. 'panels.collapse', from `drawn`; Matplotlib is imported for that only, so that
+    commands start fast. The result is printed as `lines`, or with --json as JSON in which NaN and infinities are null. Notes always
+    go to stderr.
+    """
+    if args.out and panel:
+        import matplotlib
+        matplotlib.use('Agg')
+        from figures import style
+        style.use_theme()
+        module, function = panel.split('.')
+        style.save(getattr(import_module(f'figures.{module}'), function)(*drawn), args.out)
+        print(f'figure: {args.out}', file=sys.stderr)
     for note in notes:
         print(f'note: {note}', file=sys.stderr)
     if args.json:
@@ -49,6 +55,7 @@ def report(args, result, lines, notes):
     print('\n'.join(lines))
 
 
-def bracket(ci):
-    """'  [low, high]' for text output, or '' without an interval."""
-    return f'  [{ci[0]:.4g}, {ci[1]:.4g}]' if ci else ''
+def text(rows, number='.4g', **formats):
+    """A data frame, or what makes one, as text: each column of numbers by its own format, or by `number`."""
+    return pd.DataFrame(rows).to_string(index=False, na_rep='–', float_format=f'{{:{number}}}'.format,
+                                        formatters={name: f'{{:{form}}}'.format for name, form in formats.items()})

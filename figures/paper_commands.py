@@ -1,7 +1,6 @@
 """The commands of the paper's analysis: collapse, horizon, schedules, reproduced."""
 
 import numpy as np
-import pandas as pd
 
 from analysis import collapse as collapsing
 from analysis import horizon as horizons
@@ -11,19 +10,6 @@ from analysis import schedules as scheduling
 from analysis.table import clean, load, runs
 from figures import commands
 from figures.tables import onset_text, summary, value_range
-
-
-def _finish(args, result, lines, notes, panel, *drawn):
-    """Draw the figure of --out, panels.<panel>(*drawn), and print the result. Matplotlib is imported for a figure only."""
-    if args.out:
-        from figures import panels
-        commands.save(lambda: getattr(panels, panel)(*drawn), args.out)
-    commands.report(args, result, lines, notes)
-
-
-def _text(rows):
-    """A data frame, or what makes one, as text."""
-    return pd.DataFrame(rows).to_string(index=False, float_format='{:.4g}'.format, na_rep='–')
 
 
 def reproduced(argv):
@@ -41,7 +27,7 @@ def reproduced(argv):
     columns = ('x', 'loss', 'published', 'sd', 'off', 'normalised', 'normalised_published', 'distance', 'noise')
     row = '{:4.1f}  {:.5f}    {:.5f}  {:.6f}      {:+5.2f}  {:.4f}     {:.4f}   {:+.4f} ({:.4f})'
     lines += [row.format(*values) for values in zip(*(result[column] for column in columns), strict=True)]
-    _finish(args, result | {'L0': L0}, lines, notes + more, 'reproduced', table, same, L0)
+    commands.finish(args, result | {'L0': L0}, lines, notes + more, 'panels.reproduced', table, same, L0)
 
 
 def collapse(argv):
@@ -57,15 +43,16 @@ def collapse(argv):
     seeds, worst, odd = (result[key] for key in ('seeds_per_model', 'worst_model', 'worst_run'))
     at = [np.abs(result['x'] - x).argmin() for x in (0.5, 0.9)]
     lines = [collapsing.verdict_in_words(result),
-             f'{len(seeds)} models, seeds per model: {value_range(seeds)}; L = L0 + a·(C/1e15)^(-b):', _text(summary(result)),
+             f'{len(seeds)} models, seeds per model: {value_range(seeds)}; L = L0 + a·(C/1e15)^(-b):',
+             commands.text(summary(result)),
              'tolerance Δ, its parts between and within models, noise floor σ:',
-             _text({name: result[name][at] for name in ('x', 'delta', 'between', 'within', 'sigma')})]
+             commands.text({name: result[name][at] for name in ('x', 'delta', 'between', 'within', 'sigma')})]
     if result['L0_sensitivity']:
         each = zip(*result['L0_sensitivity'].values(), strict=True)
         lines.append('Δ < σ averaged over models from x = ' + ', '.join(f'{onset_text(x)} with L0 {L:.4g}' for L, x in each))
     lines.append(f'farthest from the mean curve: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
                  f'farthest from its own model: run {odd["run"]} ({odd["departure"]:.2%})')
-    _finish(args, result, lines, notes + more, 'collapse', {'': (table, result)})
+    commands.finish(args, result, lines, notes + more, 'panels.collapse', {'': (table, result)})
 
 
 def horizon(argv):
@@ -78,12 +65,12 @@ def horizon(argv):
     curves = horizons.smooth_curves(table, args.min_compute, args.max_compute)
     result = horizons.fit(curves)
     lines = [f'C* = (p / scale)^exponent · 1e15 FLOPs from {len(result.p)} tangent points of {len(curves.p)} models; data exponent '
-             'γ = exponent - 1:', _text(summary(result))]
+             'γ = exponent - 1:', commands.text(summary(result))]
     if result.staircase:
         lines.append('fit to the steps of the envelope, as in the paper: scale {scale:.6g}, exponent {exponent:.4f}'.format(
             **result.staircase))
-    _finish(args, result._asdict() | {'level': scaling_law.LEVEL, 'duplicates_dropped': copies}, lines,
-            notes + more + horizons.notes(curves, result), 'horizon', curves, result)
+    commands.finish(args, result._asdict() | {'level': scaling_law.LEVEL, 'duplicates_dropped': copies}, lines,
+                    notes + more + horizons.notes(curves, result), 'panels.horizon', curves, result)
 
 
 def schedules(argv):
@@ -91,9 +78,9 @@ def schedules(argv):
     table, notes, copies = commands.read(args)
     result, more = scheduling.analyse(table)
     lines = [f'theory: α = {scheduling.THEORY}; the paper sets {scheduling.HAND_SET} by hand, with the trace as logged',
-             _text(summary(result)),
+             commands.text(summary(result)),
              f'with the second term of eq. 15 the rms error is {result["with_second_term"]["rmse"]:.3g}',
              'mean absolute error relative to the drop that the decay causes: with α fitted on the other schedules, with the two α '
-             'above, and with α = 0:', _text(result['leave_one_schedule_out'])]
-    _finish(args, result | {'duplicates_dropped': copies}, lines, notes + more,
-            'schedules', scheduling.align(table)[0], result['alpha'])
+             'above, and with α = 0:', commands.text(result['leave_one_schedule_out'])]
+    commands.finish(args, result | {'duplicates_dropped': copies}, lines, notes + more,
+                    'panels.schedules', scheduling.align(table)[0], result['alpha'])
