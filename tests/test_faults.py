@@ -18,6 +18,9 @@ import optimizer
 import train
 from trainer import checkpoint, process, run_folder
 
+# When Orbax meets a damaged file or a full disk, it abandons its other reads and writes, and Python warns of each.
+pytestmark = pytest.mark.filterwarnings('ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning')
+
 OVERRIDES = ('opt.B=64', 'T=3840', 'num_evals=8', 'T_eval=128')  # 60 steps
 
 
