@@ -2,9 +2,10 @@
 
     python save_logs.py --tag mlp --project supercollapse --out logs/mlp.parquet      from W&B (log in with `wandb login`)
     python save_logs.py --tag mlp --runs runs --out logs/mlp.parquet                  from run folders
+    python save_logs.py --files curves.csv --map loss=val_loss --out logs/mine.parquet     from .csv, .parquet or text logs
 
-Runs in another state are left out and named. A value that was not logged is NaN. The same runs give the same file. The columns are
-those of analysis/columns.py.
+--map names the keys of runs that other code has trained, e.g. --map olmo, see docs/analysis.md. Runs in another state are left out
+and named. A value that was not logged is NaN. The same runs give the same file. The columns are those of analysis/columns.py.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from analysis import mapping
 from analysis import table as logs
 
 ORDER = ('tag', 'num_params', 'schedule', 'decay_frac', 'T', 'seed', 'run', 'step')  # of the rows: the same runs, the same file
@@ -35,10 +37,11 @@ def from_folders(folder, tags):
     return table[finished], logs.runs(table[~finished])['state'].to_dict()
 
 
-def from_wandb(project, entity, tags):
+def from_wandb(project, entity, tags, how=None):
     """(table of the finished runs, {name: state} of the others) of a W&B project with one of the tags (none given: all runs).
 
-    Every logged row is read; W&B's own `history` would give a sample. Raises LogError if the server cannot be reached.
+    `how` is the mapping.Map of runs that other code has logged. A run that lacks a key of it is left out, unless all do. Every
+    logged row is read; W&B's own `history` would give a sample. Raises LogError, also if the server cannot be reached.
     """
     path = f'{entity}/{project}' if entity else project
     filters = {'tags': {'$in': list(tags)}} if tags else {}
@@ -46,13 +49,23 @@ def from_wandb(project, entity, tags):
     if not runs:
         raise logs.LogError(f'no run in {path}' + (f' is tagged {" or ".join(tags)}' if tags else '') +
                             '; check --project, --entity and --tag')
-    tables, others = [], {}
+    tables, others, misfits = [], {}, []
+    names = Counter(run.name for run in runs)
     for run in tqdm(runs, desc='runs', unit='run'):
-        table = table_of(run, tags) if state_of(run) == 'finished' else None
+        table = None
+        if state_of(run) == 'finished':
+            try:
+                table = table_of(run, tags, how, run.name if names[run.name] == 1 else f'{run.name}-{run.id}')
+            except mapping.MapError as error:
+                misfits.append(error)
         if table is None:
             others[run.name] = 'finished without an evaluation' if state_of(run) == 'finished' else state_of(run)
         else:
             tables.append(table)
+    if misfits and not tables:
+        raise misfits[0]
+    for error in misfits:
+        print(f'note: {error}', file=sys.stderr)
     return (logs.tidy(pd.concat(tables)) if tables else pd.DataFrame()), others
 
 
@@ -69,9 +82,12 @@ def state_of(run):
     return dict(run.summary).get('state', run.state) if run.state == 'finished' else run.state
 
 
-def table_of(run, tags):
+def table_of(run, tags, how=None, name=None):
     """The table of one W&B run, or None if it has no evaluation. A run without a tag in its configuration has its tag in W&B."""
     rows = with_retries(lambda api: list(run.scan_history(page_size=1000)), f'reading {run.name}')
+    if how:
+        table = mapping.apply(how, name, pd.DataFrame(rows), dict(run.config), dict(run.summary))
+        return table if len(table) else None
     rows = [row for row in rows if row.get('test_loss') is not None]
     config = dict(run.config)
     if not (config.get('wandb_tag') or config.get('tag')) and run.tags:
@@ -127,22 +143,33 @@ def main():
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument('--tag', action='append', default=[], help='save the runs with this tag (may be given again)')
     parse.add_argument('--runs', metavar='DIR', help='read run folders below DIR instead of W&B')
+    parse.add_argument('--files', metavar='FILE', nargs='+', help='read loss curves from .csv, .parquet or .txt files instead')
+    parse.add_argument('--map', metavar='COLUMN=KEY', action='append', default=[],
+                       help='where to find a column, or a .yaml of such lines, or a preset: ' + ', '.join(sorted(mapping.PRESETS)))
+    parse.add_argument('--smooth', metavar='WINDOW', type=float,
+                       help='use the training loss, averaged over this many tokens, or below 1 this share of the run')
     parse.add_argument('--project', help='W&B project')
     parse.add_argument('--entity', help='W&B user or team (default: that of your login)')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[], help='keep only these runs')
     parse.add_argument('--out', metavar='FILE', help='the log to write (default: logs/<first tag>.parquet)')
     args = parse.parse_args()
     try:
-        if bool(args.runs) == bool(args.project):
-            raise logs.LogError('give either --runs DIR (folders) or --project NAME (W&B)')
+        if (args.runs, args.project, args.files).count(None) != 2 or args.runs and (args.map or args.smooth):
+            raise logs.LogError('give either --runs DIR (folders), or --project NAME (W&B) or --files FILE …, which may have --map')
         if not (args.tag or args.out):
             raise logs.LogError('give --tag TAG, or --out FILE to save the runs of every tag')
-        table, others = (from_folders(args.runs, args.tag) if args.runs
-                         else from_wandb(args.project, args.entity, args.tag))
+        how = mapping.parse(args.map, args.smooth)
+        if args.files:
+            table, others = logs.tidy(pd.concat([mapping.read_curves(Path(file), how) for file in args.files])), {}
+        else:
+            table, others = (from_folders(args.runs, args.tag) if args.runs
+                             else from_wandb(args.project, args.entity, args.tag, how if args.map else None))
         for condition in args.where if len(table) else ():
             table = logs.where(table, condition)
-        source = f'folders {args.runs}' if args.runs else f'W&B {args.entity + "/" if args.entity else ""}{args.project}'
-        save(table, others, args.out or f'logs/{args.tag[0]}.parquet', source=source, tags=args.tag, where=args.where)
+        source = (f'folders {args.runs}' if args.runs else f'files {", ".join(args.files)}' if args.files
+                  else f'W&B {args.entity + "/" if args.entity else ""}{args.project}')
+        mapped = {'map': how.expressions, 'smooth': how.window} if args.map or args.smooth else {}
+        save(table, others, args.out or f'logs/{args.tag[0]}.parquet', source=source, tags=args.tag, where=args.where, **mapped)
     except logs.LogError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)

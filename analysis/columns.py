@@ -11,7 +11,8 @@ RUN_COLUMNS = (
     'D', 'N', 'L', 'V',               # width, blocks, sequence length (1 for the MLP), vocabulary or input size
     'B',                              # sequences in a batch
     'peak_lr',                        # opt.lr, the base learning rate; the column lr below is the rate at an evaluation
-    'schedule', 'decay_frac', 'seed',
+    'weight_decay',                   # λ; a step takes the share rate·λ from a weight, as in PyTorch's AdamW
+    'schedule', 'decay_frac', 'warmup_tokens', 'seed',
     'T',                              # tokens
     'num_params', 'scale', 'exponent', 'match_mup_at_D',
     'opt_compute',                    # FLOPs; the compute-optimal compute C* of the run's model, where the log knows it

@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis.authors_pickle import read_pickle
 from analysis.columns import ROW_COLUMNS, RUN_COLUMNS, TEXT_COLUMNS, LogError
+from analysis.mapping import read_curves
 
 METADATA_KEY = b'supercollapse'  # of what `write_parquet` says about the origin of a log
 CONFIGURATION = [c for c in RUN_COLUMNS if c not in ('run', 'tag', 'state', 'revision', 'device', 'seconds')]
@@ -27,7 +28,7 @@ def load(path):
     path = Path(path)
     if not path.exists():
         raise LogError(f'{path}: no such file or folder; give a .parquet, .pkl or .csv log, or a folder of runs')
-    readers = {'.parquet': read_parquet, '.pkl': read_pickle, '.pickle': read_pickle, '.csv': read_csv}
+    readers = {'.parquet': read_parquet, '.pkl': read_pickle, '.pickle': read_pickle, '.csv': read_curves}
     read = read_runs if path.is_dir() else readers.get(path.suffix)
     if read is None:
         raise LogError(f'{path}: unknown kind of log {path.suffix!r}; wanted .parquet, .pkl, .csv or a folder of runs')
@@ -136,28 +137,6 @@ def read_runs(folder):
     return pd.concat(frames)
 
 
-CSV_NAMES = {'p': 'num_params', 'params': 'num_params', 'loss': 'test_loss', 'flops': 'compute', 'width': 'D'}
-
-
-def read_csv(path):
-    """The table of loss curves from elsewhere, with the columns run, p, tokens or compute, and loss.
-
-    Any other column of a log may be there too. Without `run` the file is one run. Without `peak_lr` it is the largest `lr`.
-    """
-    try:
-        raw = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise LogError(f'{path}: not a readable CSV file ({str(error).splitlines()[0]})') from None
-    table = raw.rename(columns={old: new for old, new in CSV_NAMES.items() if new not in raw})
-    if 'test_loss' not in table or not {'tokens', 'compute', 'step'} & set(table):
-        raise LogError(f'{path}: it has the columns {", ".join(raw.columns)}; wanted run, p, tokens (or compute, or step) and '
-                       'loss, and optionally lr, seed')
-    table['run'] = table['run'].astype(str) if 'run' in table else path.stem
-    if 'lr' in table and 'peak_lr' not in table:
-        table['peak_lr'] = table.groupby('run')['lr'].transform('max')
-    return table
-
-
 # ---- choosing runs --------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +160,7 @@ def where(table, *conditions):
         if not equals or column not in table:
             raise LogError(f'{condition!r}: wanted COLUMN=VALUE with a column of {", ".join(table.columns)}')
         try:
-            value = value if column in TEXT_COLUMNS else float(value)
+            value = float(value) if pd.api.types.is_numeric_dtype(table[column]) else value
         except ValueError:
             raise LogError(f'{condition!r}: {column} is a number') from None
         found = sorted(table[column].dropna().unique())

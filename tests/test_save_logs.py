@@ -78,6 +78,51 @@ run.finish(exit_code=code)
 """
 
 
+FOREIGN = """
+import sys, wandb
+name, width, lost = sys.argv[1], int(sys.argv[2]), sys.argv[3] == 'lost'
+run = wandb.init(project='foreign', entity='e', name=name, settings=wandb.Settings(silent=True, console='off'),
+                 config={'model': {'n_params': 10 * width}, 'optimizer': {'learning_rate': 0.01}})
+for step in range(1, 41):
+    rates = {'throughput/total_tokens': 64 * step, 'optim/lr': 0.01 * (1 - step / 40), 'train/CrossEntropyLoss': 9 / step}
+    run.log(rates, step=step)
+    if step % 10 == 0 and not lost:
+        pile = float('nan') if step == 20 else 4 / step
+        run.log({'eval/c4/CrossEntropyLoss': 5 / step, 'eval/pile/CrossEntropyLoss': pile}, step=step)
+run.finish()
+"""
+
+
+def test_runs_of_other_code_from_wandb(loopback, tmp_path):
+    """Losses every ten steps beside rates at every step, two runs of one name, and a run without a validation loss."""
+    maps = [part for one in ('num_params=config:model.n_params', 'tokens=history:throughput/total_tokens', 'lr=history:optim/lr',
+                             'loss.c4=history:eval/c4/CrossEntropyLoss', 'loss.pile=history:eval/pile/CrossEntropyLoss',
+                             'peak_lr=config:optimizer.learning_rate', 'step=history:_step') for part in ('--map', one)]
+    with loopback.WandbLoopback() as server:
+        environment = server.env(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL='1', WANDB_DIR=str(tmp_path))
+        training = [subprocess.Popen([sys.executable, '-c', FOREIGN, *arguments], cwd=tmp_path, env=environment)
+                    for arguments in (('small', '1', ''), ('large', '2', ''), ('large', '4', ''), ('blind', '8', 'lost'))]
+        assert [one.wait(120) for one in training] == [0] * 4
+        save = ('--project', 'foreign', '--entity', 'e', '--out')
+        done = program(*save, tmp_path / 'log.parquet', *maps, environment=environment)
+        trained = program(*save, tmp_path / 'train.parquet', *maps[:6], '--map', 'train_loss=history:train/CrossEntropyLoss',
+                          '--smooth', '0.2', environment=environment)
+        wrong = program(*save, tmp_path / 'none.parquet', *maps, '--map', 'num_params=config:model.nparams',
+                        environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert '3 runs, 12 evaluations' in done.stdout and 'left out: blind' in done.stderr
+    assert "run blind has no history key 'eval/c4/CrossEntropyLoss'; did you mean train/CrossEntropyLoss" in done.stderr
+    table = logs.load(tmp_path / 'log.parquet')
+    small = table[table['run'] == 'small']
+    assert small['tokens'].tolist() == [640, 1280, 1920, 2560]
+    assert set(small['num_params']) == {10} and set(small['peak_lr']) == {0.01}
+    np.testing.assert_allclose(small['test_loss'], 5 / np.array([10, 20, 30, 40]))
+    np.testing.assert_allclose(small['loss.pile'], [0.4, np.nan, 4 / 30, 0.1])
+    assert sorted(table['num_params'].unique()) == [10, 20, 40] and table['run'].nunique() == 3
+    assert trained.returncode == 0 and '4 runs, 124 evaluations' in trained.stdout, trained.stderr   # of 40 losses, a window is 9
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].endswith('did you mean model.n_params?')
+
+
 def test_from_wandb_nothing_is_sampled_away(loopback, tmp_path):
     """W&B's client with a server on this machine. A run has 1,300 rows, of which a sampled history would give 500."""
     out = tmp_path / 'log.parquet'

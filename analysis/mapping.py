@@ -1,0 +1,160 @@
+"""Loss curves under foreign names, from W&B or a file, as tables with the columns of a log.
+
+A map is {column: expression}, and an expression a product of factors such as `a * b / c`. A factor is a number, config:KEY,
+summary:KEY, history:KEY or constant:TEXT. A plain KEY is a column of the history. {run: expression} gives each run its own.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+from scipy.signal import savgol_filter
+
+from analysis.columns import ROW_COLUMNS, RUN_COLUMNS, TEXT_COLUMNS, LogError
+
+PRESETS = {path.stem: path for path in (Path(__file__).parent.parent / 'configs/log_maps').glob('*.yaml')}
+ALIASES = {'p': 'num_params', 'params': 'num_params', 'loss': 'test_loss', 'flops': 'compute', 'width': 'D'}
+DRAWN_OVER = ('tokens', 'compute', 'lr', 'tau')  # functions of the step: interpolated where they were logged at other steps
+
+
+class MapError(LogError):
+    """A run does not have what a map asks for."""
+
+
+class Map(NamedTuple):
+    expressions: dict         # {column: expression}
+    optional: set             # the columns that only presets ask for: a run may lack them
+    window: float = None      # tokens, or below 1 a share of the run: test_loss is the training loss averaged over it
+
+
+def parse(arguments, window=None):
+    """The Map of COLUMN=EXPRESSION, FILE.yaml and names of presets. Later ones replace earlier ones. Raises LogError."""
+    found = Map({}, set(), window)
+    for argument in arguments:
+        name, single, text = argument.partition('=')
+        path = PRESETS.get(argument, Path(argument))
+        if not single and not path.exists():
+            raise LogError(f'--map {argument}: no such map{_hint(argument, PRESETS)}')
+        given = {name: text} if single else yaml.safe_load(path.read_text())
+        if not isinstance(given, dict):
+            raise LogError(f'--map {argument}: wanted lines `column: expression`')
+        for name, expression in given.items():
+            column = ALIASES.get(name, name)
+            if column not in RUN_COLUMNS + ROW_COLUMNS and not str(name).startswith('loss.'):
+                known = (*ALIASES, *RUN_COLUMNS, *ROW_COLUMNS, 'loss.NAME')
+                raise LogError(f'--map {name}: a log has no such column{_hint(name, known)}')
+            found.expressions[column] = expression
+            (found.optional.add if argument in PRESETS else found.optional.discard)(column)
+    return found
+
+
+def _hint(name, names):
+    """'; did you mean …?' with the names that contain `name` or are like it, or '; there are …'."""
+    names = sorted(map(str, names))
+    near = [one for one in names if str(name).lower() in one.lower()][:3] or difflib.get_close_matches(str(name), names, 3)
+    return f'; did you mean {" or ".join(near)}?' if near else f'; there are {", ".join(names[:40])}{" …" * (len(names) > 40)}'
+
+
+def value(column, expression, run, sources):
+    """A number, a text, or a Series over the history. Raises KeyError with a line for the user if the run lacks a key."""
+    if isinstance(expression, dict):
+        if run not in expression:
+            raise KeyError(f'--map {column}: run {run} is not in it{_hint(run, expression)}')
+        expression = expression[run]
+    result, parts = 1.0, ['*', *re.split(r'\s*(\*|(?<=\s)/(?=\s))\s*', str(expression).strip())]  # a key may hold a plain slash
+    for operator, text in zip(parts[::2], parts[1::2], strict=True):
+        source, _, key = text.partition(':')
+        if source == 'constant':
+            return key
+        try:
+            factor = float(text)
+        except ValueError:
+            source, key = (source, key) if source in sources and key else ('history', text)
+            if key not in sources[source]:
+                raise KeyError(f'--map {column}: run {run} has no {source} key {key!r}{_hint(key, sources[source])}') from None
+            factor = sources[source][key]
+        if column in TEXT_COLUMNS:
+            return factor
+        try:
+            factor = pd.to_numeric(factor)
+            result = result * factor if operator == '*' else result / factor
+        except (ValueError, TypeError):
+            raise MapError(f'--map {column}: run {run} has {factor!r} for {text}; wanted a number') from None
+    return result
+
+
+def apply(how, run, history, config=None, summary=None):
+    """The table of one run: a row for each evaluation, with the columns of the Map `how`. Raises LogError.
+
+    history: DataFrame; without `config` it is a file, whose other columns are kept. Tokens that are not mapped are step·B·L. Of a
+    column of the run, the last value counts.
+    """
+    flat = pd.json_normalize(config).iloc[0].to_dict() if config else {}
+    sources = {'config': flat, 'summary': summary or {}, 'history': history}
+    own = {old: new for old, new in ALIASES.items() if new not in history}
+    table, lacking = history.rename(columns=own) if config is None else pd.DataFrame(index=history.index), {}
+    for column, expression in how.expressions.items():
+        try:
+            table[column] = value(column, expression, run, sources)
+            if column in RUN_COLUMNS and table[column].notna().any():
+                table[column] = table[column].dropna().iloc[-1]
+        except KeyError as error:
+            lacking[column] = error.args[0]
+    if not {'tokens', 'compute'} & set(table) and {'step', 'B'} <= set(table):
+        table['tokens'] = table['step'] * table['B'] * table.get('L', 1)
+    for column in [column for column in table if str(column).startswith('loss.')][:1]:
+        table['test_loss'] = table.get('test_loss', table[column])
+    loss = 'train_loss' if how.window else 'test_loss'
+    wanted = [loss] + ['tokens'] * (not {'tokens', 'compute', 'step'} & set(table)) + ['num_params'] * (config is not None)
+    for column in [c for c in lacking if c not in how.optional] + [c for c in wanted if c not in table]:
+        keys = ', '.join(map(str, history))
+        found = f'run {run} has {keys}; wanted p, tokens (or compute, or step) and loss; give --map {column}=…'
+        smoothed = '; for the training loss add --smooth, e.g. 0.02' if column == 'test_loss' and 'train_loss' in table else ''
+        raise MapError(lacking.get(column, found) + smoothed)
+    if 'step' in table and table['step'].notna().all():
+        table.index = table['step']
+    rows = table[table[loss].notna()].copy()
+    for column in [column for column in DRAWN_OVER if column in table and table[column].isna().any()]:
+        known = table[column].dropna()
+        rows[column] = np.interp(rows.index, known.index, known, np.nan, np.nan) if len(known) else np.nan
+    if 'tokens' in how.expressions and (rows.get('tokens', 0) < 0).any():
+        raise MapError(f'--map tokens={how.expressions["tokens"]}: run {run} has {rows["tokens"].min():g}; give other keys')
+    if 'lr' in rows and 'peak_lr' not in rows:
+        rows['peak_lr'] = rows['lr'].max()
+    return (smooth(rows, how.window) if how.window else rows).assign(run=str(run)).reset_index(drop=True)
+
+
+def smooth(rows, window):
+    """The rows with test_loss: the mean of the evenly logged training loss over `window` tokens, or below 1 a share of the run.
+
+    In the last half window it is a straight line fitted to one window, so that the final loss does not lag. The rows before one
+    whole window are left out, because the loss falls fast there.
+    """
+    points = round(window * len(rows) if window < 1 else window / rows['tokens'].diff().median()) // 2 * 2 + 1
+    if not 3 <= points < len(rows):
+        raise MapError(f'--smooth {window:g}: these are {points} of {len(rows)} logged training losses; wanted 3 or more, not all')
+    return rows.assign(test_loss=savgol_filter(rows['train_loss'], points, 1))[points:]
+
+
+def read_curves(path, how=None):
+    """The table of loss curves in a .csv or .parquet, or in a .txt with lines like `step:1/100 val_loss:2.3`. Raises LogError.
+
+    The column `run` tells the runs apart; without it the file is one run.
+    """
+    how = how or Map({}, set())
+    try:
+        if path.suffix == '.txt':
+            lines = [re.findall(r'(\w+):([\d.]+)', line) for line in path.read_text().splitlines() if line.startswith('step:')]
+            raw = pd.DataFrame([dict(line) for line in lines]).apply(pd.to_numeric)
+        else:
+            raw = (pd.read_parquet if path.suffix == '.parquet' else pd.read_csv)(path)
+    except (ValueError, OSError) as error:  # the errors of pandas' parsers are ValueErrors
+        kind = path.suffix[1:].upper() if path.suffix == '.csv' else path.suffix[1:]
+        raise LogError(f'{path}: not a readable {kind} file ({str(error).splitlines()[0]})') from None
+    name = str(how.expressions.get('run', 'run')).removeprefix('history:')
+    runs = raw.groupby(raw[name].astype(str) if name in raw else np.full(len(raw), path.stem), sort=False)
+    return pd.concat([apply(how, run, rows) for run, rows in runs] or [raw.assign(run=None, test_loss=None)])
