@@ -2,17 +2,25 @@
 
 Qiu et al. (2025) §2.3-2.5, eqs. 1-4, and §3.3, eq. 24 for the predicted quality. A curve is normalised by its own compute C* and
 its own final reducible loss. The irreducible loss L0 comes from scaling_law.py, and its uncertainty enters Δ, σ and the onset.
+Beside it stand the two usual choices of what to subtract: nothing, and the L0 with which the curves collapse best.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.special import fdtri
 
 from analysis import scaling_law
 from analysis.scaling_law import LEVEL, interval
 from analysis.table import LogError, require, runs
 
 GRID = np.arange(1, 101) / 100  # normalised compute x
+MIDDLE = 0.25, 0.75             # the x over which values of L0 are compared: past the warm-up, before noise hides the drop
+# The largest spread of the drop that is called a collapse. An exact two-term law with a data exponent 20% off has 5 to 6% over a
+# factor of 30 in parameters. With the L0 that collapses best, the authors' MLPs and chess models have 1%, the OLMo ladder 1 to 3%,
+# our MLPs without µP 14%.
+TIGHT = 0.05
 
 
 class Curves(NamedTuple):
@@ -139,20 +147,99 @@ def farthest(curves, L0):
             'worst_run': {'run': curves.run[run], 'num_params': curves.p[curves.model[run]], 'departure': of_run[run]}}
 
 
-def verdict_in_words(result):
-    """One line on the result of `analyse`: whether there is supercollapse, and from which x on."""
-    if len(result['num_params']) < 2:
-        return 'supercollapse cannot be decided: one model'
-    if min(result['seeds_per_model']) < 2:
-        return 'supercollapse cannot be decided: ' + (
-            'one seed per model' if max(result['seeds_per_model']) < 2 else 'a model with one seed has no noise floor σ')
-    x = result['supercollapse_from']
-    if np.isnan(x):
-        return 'no supercollapse: averaged over models, Δ is not below σ up to the end of training'
-    found = f'Δ < σ from x = {x:.2f} on, averaged over models'
+def without_reruns(table):
+    """(table with the first run of each model and seed, notes on the others). A run whose seed is not known is kept."""
+    ends = runs(ladder(table))
+    again = ends.index[ends.duplicated(['num_params', 'seed']) & ends['seed'].notna()] if 'seed' in ends else []
+    notes = [f'{len(again)} runs have the model and seed of another and are left out; with --seeds-by run each counts as a seed']
+    return table[~table['run'].isin(again)], notes if len(again) else []
+
+
+def drop_spread(curves, L0):
+    """[...] relative standard deviation over models of the drop (L(x) - L(1)) / (L(1) - L0), rms over 0.25 <= x <= 0.75.
+
+    Δ cannot choose L0, because it falls whenever less is subtracted: to 0 as L0 -> -∞. This spread has no such trend. Losses are
+    means over the runs of a model. L0 [...] is below every final loss.
+    """
+    loss, use = _model_mean(curves) @ curves.loss, (curves.x >= MIDDLE[0]) & (curves.x <= MIDDLE[1])
+    drop = (loss - loss[:, -1:])[:, use] / (loss[:, -1:] - np.asarray(L0, float)[..., None, None])  # [..., M, K]
+    with np.errstate(invalid='ignore'):  # a log without an evaluation there has no spread: NaN
+        return np.sqrt(drop.var(-2).sum(-1) / (drop.mean(-2) ** 2).sum(-1))
+
+
+def best_L0(curves):
+    """(the L0 >= 0 with the smallest drop_spread, its interval [low, high]), or (NaN, None) for fewer than three models.
+
+    The squared spread is a residual variance of M models around one curve, fitted by its height and L0, and counts once however
+    many x it has. So its rise over the minimum that bounds the interval is a quantile of F with 1 and M-2 degrees of freedom.
+    """
+    M, floors = len(curves.p), np.linspace(0, curves.loss[:, -1].min(), 1000, endpoint=False)
+    squared = drop_spread(curves, floors) ** 2
+    if M < 3 or np.isnan(squared).any():
+        return np.nan, None
+    inside = floors[squared <= squared.min() * (1 + fdtri(1, M - 2, LEVEL) / (M - 2))]
+    return float(floors[squared.argmin()]), [float(inside[0]), float(inside[-1])]
+
+
+def L0_choices(curves, law, law_ci, ddof=0):
+    """One record for each L0: `zero`, `law`, `best` (see best_L0), `law_low` and `law_high` (the ends of the law's interval).
+
+    Its keys: name, L0, L0_ci, delta and sigma at x = 0.5, drop_spread, supercollapse_from, and the verdict with this L0 held.
+    """
+    best, best_ci = best_L0(curves)
+    values = {'zero': 0.0, 'law': law, 'best': best, **dict(zip(('law_low', 'law_high'), law_ci or (), strict=False))}
+    values = {name: min(L0, 0.999 * curves.loss[:, -1].min()) for name, L0 in values.items() if np.isfinite(L0)}
+    L0, half = np.array(list(values.values())), np.abs(curves.x - 0.5).argmin()
+    each = spread(curves, L0, ddof)
+    found = pd.DataFrame({
+        'name': list(values), 'L0': L0, 'L0_ci': [{'law': law_ci, 'best': best_ci}.get(name) for name in values],
+        'delta': each.delta[:, half], 'sigma': each.sigma[:, :, half].mean(1), 'drop_spread': drop_spread(curves, L0),
+        'supercollapse_from': onset(curves.x, each.delta, each.sigma.mean(1))})
+    tight = np.where(found['drop_spread'] <= TIGHT, 'collapse', 'no collapse')
+    words = np.where(found['supercollapse_from'].notna(), 'supercollapse', tight)
+    return found.assign(verdict=np.where(found['sigma'].notna(), words, 'not decidable')).to_dict('records')
+
+
+def L0_conflict(choices):
+    """One line if the law's L0 and the best L0 differ by more than their intervals, added in quadrature, explain. Else None."""
+    law, best = ({one['name']: one for one in choices}.get(name) for name in ('law', 'best'))
+    if not (best and law['L0_ci']):
+        return None
+    below = best['L0'] < law['L0']
+    if abs(best['L0'] - law['L0']) <= np.hypot(law['L0_ci'][not below] - law['L0'], best['L0_ci'][below] - best['L0']):
+        return None
+    return (f'the law has L0 = {law["L0"]:.4g}, but the curves collapse best with {best["L0"]:.4g}, beyond both intervals. Either '
+            'the law is not identified: the final losses do not follow one power law. Or the ladder is not at its optimum: if the '
+            f'law holds, horizons grow too {"slowly" if below else "fast"} with size')
+
+
+def verdict(result):
+    """(word, reason) on the result of `analyse`: supercollapse, collapse, no collapse or not decidable.
+
+    The word must hold for the law's L0 and the ends of its interval, and for the best L0 if the two are in conflict. Supercollapse
+    is Δ < σ from some x on, with a 90% interval of that x. A collapse is a spread of the drop of at most TIGHT.
+    """
+    seeds, leave_out = result['seeds_per_model'], ('zero',) if result['L0_conflict'] else ('zero', 'best')
+    judged = [one for one in result['L0_choices'] if one['name'] not in leave_out]
+    if len(seeds) < 2:
+        return 'not decidable', 'one model'
+    tight = 'Δ(0.5) = {delta:.4f}, spread of the drop {drop_spread:.1%}'.format(**judged[0])
+    if min(seeds) < 2:
+        return 'not decidable', f'{"one seed per model" if max(seeds) < 2 else "a model with one seed"}, no noise floor σ; {tight}'
+    words = {one['verdict']: one['L0'] for one in judged[::-1]}
+    if len(words) > 1:
+        return 'not decidable', 'L0 decides: ' + ', '.join(f'{word} with L0 = {L0:.4g}' for word, L0 in words.items())
+    if 'supercollapse' not in words:
+        return next(iter(words)), tight
+    seen = f'Δ < σ from x = {result["supercollapse_from"]:.2f} on, averaged over models'
     if np.isnan(result['supercollapse_from_ci'][1]):
-        return f'supercollapse is not certain: {found}, but the 90% interval of that x includes never'
-    return f'supercollapse: {found}'
+        return 'not decidable', f'{seen}, but the 90% interval of that x includes never'
+    return 'supercollapse', seen
+
+
+def verdict_in_words(result):
+    """One line on the result of `analyse`: the verdict and its reason."""
+    return ': '.join(verdict(result))
 
 
 def uncertainty(curves, L0, ddof=0, seed=0):
@@ -209,19 +296,21 @@ def analyse(table, L0=None, ddof=0, draws=200):
     if one_model:
         notes.append('one model: Δ is the variation over its seeds, and says nothing on a collapse across sizes')
     if seeds.min() == 1:
-        notes.append(f'{(seeds == 1).sum()} of {len(seeds)} models have one seed: they have no noise floor σ, so supercollapse '
-                     'cannot be decided')
+        notes.append(f'{(seeds == 1).sum()} of {len(seeds)} models have one seed, and so no noise floor σ')
     found = spread(here, law.L0, ddof)
     floor = np.full_like(found.sigma, np.nan) if one_model else found.sigma  # one model cannot show a collapse across models
+    L0_ci = profile[0] if profile else interval(refits['L0']) if refits else None
+    choices = [] if one_model else L0_choices(here, law.L0, L0_ci, ddof)
+    conflict = None if one_model else L0_conflict(choices)
+    notes += [conflict] if conflict else []
     if profile and seeds.min() > 1:
-        floors = [min(value, 0.999 * here.loss[:, -1].min()) for value in (profile[0][0], law.L0, profile[0][1])]
-        each = spread(here, np.array(floors), ddof)
-        sensitivity = {'L0': floors, 'supercollapse_from': onset(here.x, each.delta, each.sigma.mean(1))}
+        ends = [one for name in ('law_low', 'law', 'law_high') for one in choices if one['name'] == name]
+        sensitivity = {key: [one[key] for one in ends] for key in ('L0', 'supercollapse_from')}
     intervals = dict.fromkeys(('delta_ci', 'sigma_ci', 'supercollapse_from_ci', 'supercollapse_from_every_model_ci', 'never'))
     if seeds.min() > 1 and not one_model:
         floors = np.full(draws, L0) if L0 is not None else scaling_law.bootstrap(points, law, draws)[0]['L0']
         intervals = uncertainty(here, np.minimum(floors, here.loss[:, -1].min() * (1 - 1e-6)), ddof)
-    return {
+    result = {
         'fit': {**law._asdict(), **{f'{k}_ci': interval(refits[k]) if refits else None for k in ('a', 'b', 'L0')},
                 'L0_profile_ci': profile and profile[0], 'L0_identifiable': profile and profile[1], 'L0_fixed': L0 is not None},
         'x': here.x, 'delta': found.delta, 'sigma': found.sigma.mean(0), 'sigma_by_model': found.sigma,
@@ -229,7 +318,8 @@ def analyse(table, L0=None, ddof=0, draws=200):
         'delta_expected_final': spread(here, law.L0, ddof, by='expected').delta,
         'supercollapse_from': float(onset(here.x, found.delta, floor.mean(0))),
         'supercollapse_from_every_model': float(onset(here.x, found.delta, floor.min(0))),
-        **intervals, 'L0_sensitivity': sensitivity, **farthest(here, law.L0),
+        **intervals, 'L0_sensitivity': sensitivity, 'L0_choices': choices, 'L0_conflict': conflict, **farthest(here, law.L0),
         'num_params': here.p, 'compute': points.compute, 'final_loss': points.loss,
         'ddof': ddof, 'seeds_per_model': seeds.tolist(), 'level': LEVEL,
-    }, notes
+    }
+    return result | dict(zip(('verdict', 'verdict_reason'), verdict(result), strict=True)), notes

@@ -73,15 +73,30 @@ def _draw_tolerance(axis, result):
     _draw_deviations(axis, result['x'], lines, title)
 
 
+def _draw_L0_choices(axis, curves, choices):
+    """Spread of the drop against L0, with the values of L0 that are compared and their 90% intervals."""
+    floors = np.linspace(0, 0.98 * curves.loss[:, -1].min(), 200)
+    axis.plot(floors, 100 * collapsing.drop_spread(curves, floors), color='black', lw=1)
+    axis.axhline(100 * collapsing.TIGHT, color=style.GREY, lw=0.8, ls=':', label=f'a collapse has at most {collapsing.TIGHT:.0%}')
+    for name, colour, marker in (('zero', style.GREY, 's'), ('law', style.BLUE, 'o'), ('best', style.RED, 'D')):
+        for one in (one for one in choices if one['name'] == name):
+            axis.plot(one['L0_ci'] or [one['L0']] * 2, [100 * one['drop_spread']] * 2, '|-', color=colour)
+            axis.plot(one['L0'], 100 * one['drop_spread'], marker, ms=5, color=colour, label=f'{name}: Δ(0.5) = {one["delta"]:.4f}')
+    axis.set(xlabel='subtracted $L_0$ (90% intervals)', ylabel='spread of the drop (%)', yscale='log', title='which $L_0$?')
+    style.plain_log(axis.yaxis, (1, 2, 5))
+    axis.legend(fontsize=6.5)
+
+
 def collapse(results):
-    """Figs. 1a-c of one ladder or several, each in a row under its name and verdict. `results` is {name: (table, result)}."""
-    figure = plt.figure(figsize=(9.8, 3.2 * len(results)))
+    """Figs. 1a-c and the choice of L0, one ladder {name: (table, result)} a row, under its name and verdict."""
+    figure = plt.figure(figsize=(12.6, 3.2 * len(results)))
     for part, (name, (table, result)) in zip(np.ravel(figure.subfigures(len(results), 1)), results.items(), strict=True):
-        axes, curves = part.subplots(1, 3), collapsing.curves(table)
+        axes, curves = part.subplots(1, 4), collapsing.curves(table)
         _draw_law(axes[0], table, result)
         _draw_collapse(axes[1], curves, result['fit']['L0'])
         axes[1].set_title(f'normalised with $L_0$ = {result["fit"]["L0"]:.3g}')
         _draw_tolerance(axes[2], result)
+        _draw_L0_choices(axes[3], curves, result['L0_choices'])
         style.parameter_bar(axes, curves.p)
         part.suptitle((f'{name} – ' if name else '') + collapsing.verdict_in_words(result), fontsize=10, fontweight='bold')
     return figure

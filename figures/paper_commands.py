@@ -9,7 +9,7 @@ from analysis import scaling_law
 from analysis import schedules as scheduling
 from analysis.table import clean, load, runs
 from figures import commands
-from figures.tables import onset_text, summary, value_range
+from figures.tables import number, summary, value_range
 
 
 def reproduced(argv):
@@ -35,8 +35,13 @@ def collapse(argv):
     parse.add_argument('--L0', type=float, metavar='X', help='hold the irreducible loss instead of fitting it')
     parse.add_argument('--ddof', type=int, default=0, choices=(0, 1), help='of every variance over seeds (default 0)')
     parse.add_argument('--keep-duplicates', action='store_true', help='keep runs that are in the log twice')
+    parse.add_argument('--seeds-by', choices=('seed', 'run'), default='seed',
+                       help='what is a seed of a model: each value of the column seed (default), or each run, reruns included')
     args = parse.parse_args(argv)
     table, notes, copies = commands.read(args, args.keep_duplicates)
+    if args.seeds_by == 'seed' and not args.keep_duplicates:
+        table, more = collapsing.without_reruns(table)
+        notes = notes + more
     result, more = collapsing.analyse(table, args.L0, args.ddof)
     widths = sorted(table['D'].dropna().astype(int).unique().tolist()) if 'D' in table else None
     result |= {'duplicates_dropped': copies, 'widths': widths}
@@ -47,9 +52,9 @@ def collapse(argv):
              commands.text(summary(result)),
              'tolerance Δ, its parts between and within models, noise floor σ:',
              commands.text({name: result[name][at] for name in ('x', 'delta', 'between', 'within', 'sigma')})]
-    if result['L0_sensitivity']:
-        each = zip(*result['L0_sensitivity'].values(), strict=True)
-        lines.append('Δ < σ averaged over models from x = ' + ', '.join(f'{onset_text(x)} with L0 {L:.4g}' for L, x in each))
+    lines += ['verdict with each L0, delta and sigma at x = 0.5:',
+              commands.text([{key: number(value, one['L0_ci']) if key == 'L0' else value for key, value in one.items()
+                              if key != 'L0_ci'} for one in result['L0_choices']])]
     lines.append(f'farthest from the mean curve: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
                  f'farthest from its own model: run {odd["run"]} ({odd["departure"]:.2%})')
     commands.finish(args, result, lines, notes + more, 'panels.collapse', {'': (table, result)})
