@@ -49,23 +49,21 @@ def from_wandb(project, entity, tags, how=None):
     if not runs:
         raise logs.LogError(f'no run in {path}' + (f' is tagged {" or ".join(tags)}' if tags else '') +
                             '; check --project, --entity and --tag')
-    tables, others, misfits = [], {}, []
-    names = Counter(run.name for run in runs)
+    tables, others, misfit, names = [], {}, None, Counter(run.name for run in runs)
     for run in tqdm(runs, desc='runs', unit='run'):
-        table = None
-        if state_of(run) == 'finished':
+        table, reason = None, state_of(run)
+        if reason == 'finished':
             try:
                 table = table_of(run, tags, how, run.name if names[run.name] == 1 else f'{run.name}-{run.id}')
+                reason = 'finished without an evaluation'
             except mapping.MapError as error:
-                misfits.append(error)
+                misfit = reason = error
         if table is None:
-            others[run.name] = 'finished without an evaluation' if state_of(run) == 'finished' else state_of(run)
+            others[run.name] = str(reason)
         else:
             tables.append(table)
-    if misfits and not tables:
-        raise misfits[0]
-    for error in misfits:
-        print(f'note: {error}', file=sys.stderr)
+    if misfit and not tables:
+        raise misfit
     return (logs.tidy(pd.concat(tables)) if tables else pd.DataFrame()), others
 
 

@@ -1,7 +1,7 @@
 """Loss curves under foreign names, from W&B or a file, as tables with the columns of a log.
 
 A map is {column: expression}, and an expression a product of factors such as `a * b / c`. A factor is a number, config:KEY,
-summary:KEY, history:KEY or constant:TEXT. A plain KEY is a column of the history. {run: expression} gives each run its own.
+summary:KEY, history:KEY or constant:TEXT. A plain KEY is a column of the history. {run: number} gives each run its own.
 """
 
 import difflib
@@ -18,7 +18,6 @@ from analysis.columns import ROW_COLUMNS, RUN_COLUMNS, TEXT_COLUMNS, LogError
 
 PRESETS = {path.stem: path for path in (Path(__file__).parent.parent / 'configs/log_maps').glob('*.yaml')}
 ALIASES = {'p': 'num_params', 'params': 'num_params', 'loss': 'test_loss', 'flops': 'compute', 'width': 'D'}
-DRAWN_OVER = ('tokens', 'compute', 'lr', 'tau')  # functions of the step: interpolated where they were logged at other steps
 
 
 class MapError(LogError):
@@ -62,9 +61,7 @@ def _hint(name, names):
 def value(column, expression, run, sources):
     """A number, a text, or a Series over the history. Raises KeyError with a line for the user if the run lacks a key."""
     if isinstance(expression, dict):
-        if run not in expression:
-            raise KeyError(f'--map {column}: run {run} is not in it{_hint(run, expression)}')
-        expression = expression[run]
+        sources, expression = {'map': expression}, f'map:{run}'
     result, parts = 1.0, ['*', *re.split(r'\s*(\*|(?<=\s)/(?=\s))\s*', str(expression).strip())]  # a key may hold a plain slash
     for operator, text in zip(parts[::2], parts[1::2], strict=True):
         source, _, key = text.partition(':')
@@ -117,15 +114,20 @@ def apply(how, run, history, config=None, summary=None):
         raise MapError(lacking.get(column, found) + smoothed)
     if 'step' in table and table['step'].notna().all():
         table.index = table['step']
-    rows = table[table[loss].notna()].copy()
-    for column in [column for column in DRAWN_OVER if column in table and table[column].isna().any()]:
-        known = table[column].dropna()
-        rows[column] = np.interp(rows.index, known.index, known, np.nan, np.nan) if len(known) else np.nan
-    if 'tokens' in how.expressions and (rows.get('tokens', 0) < 0).any():
-        raise MapError(f'--map tokens={how.expressions["tokens"]}: run {run} has {rows["tokens"].min():g}; give other keys')
-    if 'lr' in rows and 'peak_lr' not in rows:
-        rows['peak_lr'] = rows['lr'].max()
-    return (smooth(rows, how.window) if how.window else rows).assign(run=str(run)).reset_index(drop=True)
+    for column in {'tokens', 'compute', 'lr', 'tau'} & set(table):  # the functions of the step, where the loss was logged at others
+        known = table[column].dropna().sort_index()
+        if 0 < len(known) < len(table):
+            table[column] = np.interp(table.index, known.index, known, np.nan, np.nan)
+    if 'tokens' in how.expressions and (table.get('tokens', 0) < 0).any():
+        raise MapError(f'--map tokens={how.expressions["tokens"]}: run {run} has {table["tokens"].min():g}; give other keys')
+    if 'lr' in table and 'peak_lr' not in table:
+        table['peak_lr'] = table['lr'].max()
+    rows, axis = table[table[loss].notna()], next(column for column in ('tokens', 'compute', 'step') if column in table)
+    if how.window:
+        rows = smooth(rows, how.window)
+    if len(rows) and table[axis].max() > 1.01 * rows[axis].max():  # diverged or not evaluated to its end: `clean` leaves it out
+        rows = pd.concat([rows, table.iloc[[table[axis].argmax()]].assign(test_loss=np.nan)])
+    return rows.assign(run=str(run)).reset_index(drop=True)
 
 
 def smooth(rows, window):
@@ -140,21 +142,20 @@ def smooth(rows, window):
     return rows.assign(test_loss=savgol_filter(rows['train_loss'], points, 1))[points:]
 
 
-def read_curves(path, how=None):
-    """The table of loss curves in a .csv or .parquet, or in a .txt with lines like `step:1/100 val_loss:2.3`. Raises LogError.
-
-    The column `run` tells the runs apart; without it the file is one run.
-    """
-    how = how or Map({}, set())
+def read_frame(path):
+    """The columns of a .csv or .parquet, or of the lines `step:1/100 val_loss:2.3` of a .txt. Raises LogError."""
     try:
         if path.suffix == '.txt':
             lines = [re.findall(r'(\w+):([\d.]+)', line) for line in path.read_text().splitlines() if line.startswith('step:')]
-            raw = pd.DataFrame([dict(line) for line in lines]).apply(pd.to_numeric)
-        else:
-            raw = (pd.read_parquet if path.suffix == '.parquet' else pd.read_csv)(path)
+            return pd.DataFrame([dict(line) for line in lines]).apply(pd.to_numeric)
+        return (pd.read_parquet if path.suffix == '.parquet' else pd.read_csv)(path)
     except (ValueError, OSError) as error:  # the errors of pandas' parsers are ValueErrors
-        kind = path.suffix[1:].upper() if path.suffix == '.csv' else path.suffix[1:]
-        raise LogError(f'{path}: not a readable {kind} file ({str(error).splitlines()[0]})') from None
+        raise LogError(f'{path}: not a readable {path.suffix[1:]} file ({str(error).splitlines()[0]})') from None
+
+
+def read_curves(path, how=None):
+    """The table of the loss curves in a file. Its column `run` tells the runs apart; without it the file is one run."""
+    how, raw = how or Map({}, set()), read_frame(path)
     name = str(how.expressions.get('run', 'run')).removeprefix('history:')
     runs = raw.groupby(raw[name].astype(str) if name in raw else np.full(len(raw), path.stem), sort=False)
     return pd.concat([apply(how, run, rows) for run, rows in runs] or [raw.assign(run=None, test_loss=None)])

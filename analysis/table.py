@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.authors_pickle import read_pickle
 from analysis.columns import ROW_COLUMNS, RUN_COLUMNS, TEXT_COLUMNS, LogError
-from analysis.mapping import read_curves
+from analysis.mapping import read_curves, read_frame
 
 METADATA_KEY = b'supercollapse'  # of what `write_parquet` says about the origin of a log
 CONFIGURATION = [c for c in RUN_COLUMNS if c not in ('run', 'tag', 'state', 'revision', 'device', 'seconds')]
@@ -28,7 +28,7 @@ def load(path):
     path = Path(path)
     if not path.exists():
         raise LogError(f'{path}: no such file or folder; give a .parquet, .pkl or .csv log, or a folder of runs')
-    readers = {'.parquet': read_parquet, '.pkl': read_pickle, '.pickle': read_pickle, '.csv': read_curves}
+    readers = {'.parquet': read_frame, '.pkl': read_pickle, '.pickle': read_pickle, '.csv': read_curves}
     read = read_runs if path.is_dir() else readers.get(path.suffix)
     if read is None:
         raise LogError(f'{path}: unknown kind of log {path.suffix!r}; wanted .parquet, .pkl, .csv or a folder of runs')
@@ -65,14 +65,6 @@ def tidy(table):
         table['tokens'] = table['tokens'].fillna(tokens) if 'tokens' in table else tokens
     known = [c for c in RUN_COLUMNS + ROW_COLUMNS if c in table]
     return table[known + [c for c in table.columns if c not in known]]
-
-
-def read_parquet(path):
-    """The table of a file written by `write_parquet`."""
-    try:
-        return pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise LogError(f'{path}: not a readable parquet file ({str(error).splitlines()[0]})') from None
 
 
 def write_parquet(table, path, **origin):

@@ -140,8 +140,7 @@ def conditions(argv):
     found = of_ladder.conditions(table)
     values = {'parameters': found[0].num_params, **{one.name: one.values for one in found}}
     verdicts = [{'condition': one.name, 'verdict': one.verdict, 'spread': one.spread, 'limit': one.limit} for one in found]
-    lines = [of_ladder.in_words(found), commands.text(values), commands.text(verdicts),
-             *(f'{one.name}: {one.advice}' for one in found if one.advice)]
+    lines = [commands.text(verdicts), *(f'{one.name}: {one.advice}' for one in found if one.advice), commands.text(values)]
     commands.finish(args, {'conditions': [one._asdict() for one in found]}, lines, notes)
 
 

@@ -46,6 +46,9 @@ def test_a_quotient_and_a_value_for_each_run(tmp_path):
     np.testing.assert_allclose(table['num_params'], 777)
     (tmp_path / 'mine.yaml').write_text(yaml.safe_dump({'num_params': {'a': 5.0, 'b': 6.0}, 'loss': 'eval/c4/CE loss'}))
     assert set(mapped(str(tmp_path / 'mine.yaml'), 'tokens=tokens_b*1e9')['num_params']) == {5}
+    (tmp_path / 'mine.yaml').write_text(yaml.safe_dump({'num_params': {'a-1': 5.0, 'b': 6.0}}))
+    with pytest.raises(logs.LogError, match="run a has no map key 'a'; did you mean a-1"):
+        mapped(*WHOLE, str(tmp_path / 'mine.yaml'))
 
 
 def test_batch_times_step_where_tokens_are_missing():
@@ -69,6 +72,16 @@ def test_values_logged_at_other_steps_are_interpolated_and_not_extrapolated():
     table = mapped('num_params=7', 'step=step', 'tokens=step*10', 'loss=loss', 'lr=rate', rows=rows)
     np.testing.assert_allclose(table['tokens'], [0, 40, 80])
     np.testing.assert_allclose(table['lr'], [np.nan, 0.3, np.nan])
+
+
+def test_a_run_that_goes_on_without_a_loss_is_known_to_be_longer(tmp_path):
+    """So `clean` leaves out a run that diverged, or whose last evaluation is not at its end."""
+    step = np.arange(1.0, 101)
+    frame = pd.DataFrame({'run': 'a', 'p': 10, 'tokens': step, 'loss': np.where(step % 10 == 0, 2 - step / 100, np.nan)})
+    for last, runs in ((100, ['a', 'b']), (90, ['a'])):
+        short = frame.assign(run='b', p=20, loss=frame['loss'].where(step <= last) + 0.1)
+        pd.concat([frame, short]).to_csv(tmp_path / 'c.csv', index=False)
+        assert list(logs.clean(logs.load(tmp_path / 'c.csv'))[0]['run'].unique()) == runs
 
 
 def test_a_training_loss_is_smoothed_without_bias_at_its_end():
@@ -155,7 +168,7 @@ def test_a_text_log(tmp_path):
 
 @pytest.mark.parametrize('arguments, words', [
     (['--files', 'x.csv', '--runs', 'runs'], 'give either'), (['--runs', 'runs', '--map', 'p=size', '--tag', 'x'], 'give either'),
-    (['--files', 'nowhere.csv', '--out', 'x.parquet'], 'nowhere.csv: not a readable CSV'), (['--files', 'x.csv'], 'give --tag')])
+    (['--files', 'nowhere.csv', '--out', 'x.parquet'], 'nowhere.csv: not a readable csv'), (['--files', 'x.csv'], 'give --tag')])
 def test_a_mistake_on_the_command_line_is_one_line(arguments, words):
     done = program(*arguments)
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr

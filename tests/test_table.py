@@ -192,7 +192,7 @@ def test_csv_of_loss_curves_from_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize('name, content, words', [
-    ('none.pkl', None, 'no such file'), ('log.npz', b'', 'unknown kind'), ('log.csv', b'', 'not a readable CSV'),
+    ('none.pkl', None, 'no such file'), ('log.npz', b'', 'unknown kind'), ('log.csv', b'', 'not a readable csv'),
     ('log.csv', b'run,p,tokens,loss\n', 'no evaluations'), ('log.parquet', b'PAR1nonsense', 'not a readable parquet'),
     ('log.csv', b'run,p,tokens,loss\na,1,2,three\n', "'test_loss' should hold numbers")])
 def test_unreadable_logs(tmp_path, name, content, words):
