@@ -93,7 +93,7 @@ def apply(how, run, history, config=None, summary=None):
     flat = pd.json_normalize(config).iloc[0].to_dict() if config else {}
     sources = {'config': flat, 'summary': summary or {}, 'history': history}
     own = {old: new for old, new in ALIASES.items() if new not in history}
-    table, lacking = history.rename(columns=own) if config is None else pd.DataFrame(index=history.index), {}
+    table, lacking = history.rename(columns=own).copy() if config is None else pd.DataFrame(index=history.index), {}
     for column, expression in how.expressions.items():
         try:
             table[column] = value(column, expression, run, sources)
@@ -106,12 +106,13 @@ def apply(how, run, history, config=None, summary=None):
     for column in [column for column in table if str(column).startswith('loss.')][:1]:
         table['test_loss'] = table.get('test_loss', table[column])
     loss = 'train_loss' if how.window else 'test_loss'
-    wanted = [loss] + ['tokens'] * (not {'tokens', 'compute', 'step'} & set(table)) + ['num_params'] * (config is not None)
+    axis = ['tokens'] if (how.window or 0) >= 1 or not {'tokens', 'compute', 'step'} & set(table) else []
+    wanted = [loss, *axis] + ['num_params'] * bool(how.expressions)
     for column in [c for c in lacking if c not in how.optional] + [c for c in wanted if c not in table]:
-        keys = ', '.join(map(str, history))
-        found = f'run {run} has {keys}; wanted p, tokens (or compute, or step) and loss; give --map {column}=…'
+        name = column.removeprefix('test_')
+        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; give --map {name}=KEY{_hint(name, history)}'
         smoothed = '; for the training loss add --smooth, e.g. 0.02' if column == 'test_loss' and 'train_loss' in table else ''
-        raise MapError(lacking.get(column, found) + smoothed)
+        raise MapError(lacking.get(column, wanted) + smoothed)
     if 'step' in table and table['step'].notna().all():
         table.index = table['step']
     for column in {'tokens', 'compute', 'lr', 'tau'} & set(table):  # the functions of the step, where the loss was logged at others

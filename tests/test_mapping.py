@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_with_a_suggestion(arguments, words):
 
 def test_what_is_missing_is_named():
     for left_out in range(3):
-        with pytest.raises(logs.LogError, match='give --map ' + ('num_params', 'tokens', 'test_loss')[left_out]):
+        with pytest.raises(logs.LogError, match='give --map ' + ('num_params', 'tokens', 'loss')[left_out]):
             mapped(*(one for i, one in enumerate(WHOLE) if i != left_out))
 
 
@@ -154,6 +154,20 @@ def test_csv_and_parquet_give_one_log_and_the_map_is_in_its_record(tmp_path):
     assert origin['map']['tokens'] == 'Btok*1e9' and origin['smooth'] is None
     done = program('--files', tmp_path / 'c.csv', *maps, '--where', 'group=y', '--out', tmp_path / 'y.parquet')
     assert '1 runs, 2 evaluations' in done.stdout                                 # a column of text of one's own
+
+
+def test_files_as_the_olmo_ladder_publishes_them(tmp_path):
+    """One file a run, with the keys of W&B, 100 other columns, and no number of parameters."""
+    keys = {'_step': [200, 400], 'throughput/total_tokens': [1e8, 2e8], 'eval/c4_en-validation/CrossEntropyLoss': [5.0, 4.0],
+            'optim/learning_rate_group0': [2e-3, 1e-3], **{f'eval/downstream/{i}': [0.5, 0.6] for i in range(100)}}
+    for name in ('190M', '370M'):
+        pd.DataFrame(keys).to_csv(tmp_path / f'{name}.csv', index=False)
+    (tmp_path / 'sizes.yaml').write_text(yaml.safe_dump({'num_params': {'190M': 1.9e8, '370M': 3.7e8}}))
+    command = ('--files', tmp_path / '190M.csv', tmp_path / '370M.csv', '--out', tmp_path / 'log.parquet', '--map', 'olmo')
+    done, without = program(*command, '--map', tmp_path / 'sizes.yaml'), program(*command)
+    assert done.returncode == 0 and '2 runs, 4 evaluations' in done.stdout and done.stderr == '', done.stderr
+    assert logs.load(tmp_path / 'log.parquet')['num_params'].tolist() == [1.9e8, 1.9e8, 3.7e8, 3.7e8]
+    assert without.returncode == 2 and 'run 190M: wanted p' in without.stderr and 'give --map num_params=KEY' in without.stderr
 
 
 def test_a_text_log(tmp_path):
