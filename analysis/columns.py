@@ -8,6 +8,7 @@ PETA = 1e15  # FLOPs; the unit of compute in the scaling law, in the horizon rul
 # Columns with one value a run, in the order in which they are written. All but the text columns are float64.
 RUN_COLUMNS = (
     'run', 'tag', 'state',
+    'parent',                         # the run that this one branches off, e.g. an anneal; its rows begin at the branch
     'D', 'N', 'L', 'V',               # width, blocks, sequence length (1 for the MLP), vocabulary or input size
     'B',                              # sequences in a batch
     'peak_lr',                        # opt.lr, the base learning rate; the column lr below is the rate at an evaluation
@@ -29,7 +30,7 @@ ROW_COLUMNS = (
     'h', 'f', 'dh', 'df',             # rms of the last features, of the logits, and of their changes
     'residual', 'p_value', 'forecast', 'forecast_lo90', 'forecast_hi90')        # of a run that is watched
 
-TEXT_COLUMNS = ('run', 'tag', 'state', 'schedule', 'revision', 'device')
+TEXT_COLUMNS = ('run', 'tag', 'state', 'parent', 'schedule', 'revision', 'device')
 
 
 class LogError(ValueError):

@@ -139,12 +139,14 @@ def schedule_laws(argv):
                        help='the curves to fit, two or three; the others are predicted (default for a log: const and linear)')
     parse.add_argument('--warmup', type=float, metavar='STEPS', help='steps of linear warm-up before the curves of a .csv begin')
     parse.add_argument('--without', type=float, metavar='STEP', help='an evaluation of a .csv to leave out (as published: 24000)')
+    parse.add_argument('--transfer', action='store_true',
+                       help='also predict the larger models of the log from the smallest one and their constant-rate runs')
     args = parse.parse_args(argv)
-    if args.log.endswith('.csv') or any(Path(args.log).glob('*.csv')):
+    if not args.transfer and (args.log.endswith('.csv') or any(Path(args.log).glob('*.csv'))):
         curves, notes = schedule_curves.read_csv(args.log, args.warmup, args.without), []
     else:
         table, notes, _ = commands.read(args)
-        curves, more = schedule_curves.from_table(table)
+        curves, more = schedule_curves.from_table(table, table['num_params'].min() if args.transfer else None)
         notes = notes + more
     fitted = args.fit or laws.default_fit(curves)
     fits, rows, means = laws.compare(curves, fitted)
@@ -157,4 +159,10 @@ def schedule_laws(argv):
     errors = pd.concat([pd.DataFrame(rows).sort_values('curve', kind='stable'), means.reset_index().assign(curve='MEAN')])
     lines = [commands.text(by_law), f'fitted on {", ".join(fitted)}; errors on the unseen curves, in units of the loss:',
              commands.text(errors, '.5f')]
+    if args.transfer:
+        by_size = {p: schedule_curves.from_table(table, p)[0] for p in table['num_params'].unique()}
+        result['sizes'], result['transfer_L0'] = laws.compare_sizes(by_size, fitted)
+        means = pd.DataFrame(result['sizes']).pivot_table(index='law', columns='num_params', values='mae', sort=False)
+        lines += [f'mean absolute errors by parameters; transferred from the smallest model with L0 = {result["transfer_L0"]:.4g}:',
+                  commands.text(means.rename(columns='{:.4g}'.format).reset_index(), '.5f')]
     commands.finish(args, result, lines, notes, 'beyond_panels.schedule_laws', curves, fits[:2], fitted)

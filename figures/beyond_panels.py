@@ -29,7 +29,7 @@ def schedule_laws(curves, fits, fitted, most=6):
         lower.legend(fontsize=6.5, loc='upper right')
         upper.set_title(name)
     late = np.concatenate([curves[name].loss[len(curves[name].loss) // 20:] for name in unseen])
-    axes[0, 0].set(ylabel='loss', ylim=(late.min() - 0.05 * np.ptp(late), late.max()))
+    axes[0, 0].set(ylabel='loss', ylim=(late.min() - reach, late.max()))
     axes[1, 0].set_ylabel('predicted − measured\n(grey: learning rate)')
     axes[0, 0].legend(fontsize=6.5)
     return figure

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from analysis import table as logs
 from analysis.table import LogError, require, runs
@@ -75,39 +76,54 @@ def read_csv(path, warmup=None, without=None):
     return {name: make_curve(name, rows['step'], rows['lr'], rows['test_loss'], warmup) for name, rows in tables.items()}
 
 
-def from_table(table, skip=0.05):
+def from_table(table, p=None, skip=0.05):
     """({name: Curve}, notes) of one model in a log: a curve for each schedule, decay and horizon, the mean over its runs.
 
-    Of several models, the one with the most curves is used. A curve is named by its schedule and, if it decays over a part of the
-    run only, that share: `linear`, `linear_0.2`. Curves of other horizons than the one with the most curves have their number of
-    steps appended: `linear_1660`. The first `skip` of the shortest run's steps is left out, as no power law holds there yet.
-    Raises LogError if columns are missing or the model was trained with several batch sizes or peak rates.
+    Of several models, the one with the most curves is used unless p is given. A curve is named by its schedule and, if it decays
+    over a part of the run only, that share: `linear`, `linear_0.2`. If there are several horizons, those other than the one with
+    the most curves have their number of steps appended: `linear_1660`. The first `skip` of the shortest run's steps is left out, as
+    no power law holds there yet. A run with a `parent` branches off that run at its first evaluation: its rates up to there are
+    those of the parent, and its losses begin there. Raises LogError if columns are missing or the model was trained with several
+    batch sizes or peak rates.
     """
     require(table, ['step', 'lr', 'test_loss', 'schedule', 'num_params'], 'a schedule law')
     ends, notes = runs(table), []
-    ends['decay'] = ends['decay_frac'].where(ends['schedule'] != 'const').fillna(1) if 'decay_frac' in ends else 1.0
+    ends = ends.assign(parent=ends.get('parent'), decay=1.0)
+    if 'decay_frac' in ends:
+        ends['decay'] = ends['decay_frac'].where(ends['schedule'] != 'const').fillna(1)
     kinds = ends[['num_params', 'schedule', 'decay', 'step']].drop_duplicates()
-    p = kinds['num_params'].mode().max()
-    if kinds['num_params'].nunique() > 1:
+    if p is None and kinds['num_params'].nunique() > 1:
+        p = kinds['num_params'].mode().max()
         others = ', '.join(f'{one:.0f}' for one in sorted(set(kinds['num_params']) - {p}))
         notes.append(f'the curves are of the model with {p:.0f} parameters, which has the most; for another, give --where '
                      f'num_params=… ({others})')
-    ends = ends[ends['num_params'] == p]
+    ends = ends[ends['num_params'] == (p or ends['num_params'].iloc[0])]
     for column in ('B', 'peak_lr'):
-        if column in ends and ends[column].nunique() > 1:
-            found = ', '.join(f'{value:g}' for value in sorted(ends[column].unique()))
-            raise LogError(f'a schedule law compares runs that differ in their schedule alone; the log has {column} {found}: '
-                           f'choose one with --where {column}=…')
-    horizon = kinds.loc[kinds['num_params'] == p, 'step'].mode().max()
-    groups = ends.groupby([ends['step'] != horizon, ends['decay'] < 1, 'schedule', 'decay', 'step'], sort=False)
+        found = sorted(ends.loc[ends['parent'].isna(), column].dropna().unique()) if column in ends else []
+        if len(found) > 1:
+            raise LogError(f'a schedule law compares runs that differ in their schedule alone; the log has {column} '
+                           f'{", ".join(f"{value:g}" for value in found)}: choose one with --where {column}=…')
+    ends['several'] = ends.groupby(['schedule', 'decay'])['step'].transform('nunique') > 1
+    horizon = ends[['schedule', 'decay', 'step']].drop_duplicates()['step'].mode().max()
+    groups = ends.groupby([ends['several'] & (ends['step'] != horizon), ends['decay'] < 1, 'schedule', 'decay', 'step'], sort=False)
     curves, first_step, size = {}, skip * ends['step'].min(), groups.size()
     for (other_horizon, partial, schedule, decay, steps), group in sorted(groups, key=lambda one: one[0][:2]):
         name = schedule + (f'_{decay:g}' if partial else '') + (f'_{steps:.0f}' if other_horizon else '')
-        by_step = table[table['run'].isin(group.index) & (table['step'] >= first_step)].groupby('step')[['lr', 'test_loss']]
-        rows = by_step.mean()[by_step.size() == len(group)].reset_index()  # the steps at which every run was evaluated
-        curves[name] = make_curve(name, rows['step'], rows['lr'], rows['test_loss'])
+        rows, branch = _mean(table, group.index, first_step), 0
+        if group['parent'].notna().any():
+            before = _mean(table, group['parent'].unique(), first_step)
+            before = before[before['step'] < rows['step'].min()]
+            rows, branch = pd.concat([before, rows]), len(before)
+        one = make_curve(name, rows['step'], rows['lr'], rows['test_loss'])
+        curves[name] = one._replace(**{field: getattr(one, field)[branch:] for field in ('step', 'lr', 'loss', 'row')})
     if size.max() > 1:
         notes.append(f'curves are means over the runs of a schedule ({size.min()} to {size.max()})')
-    if ends['step'].nunique() > 1:
-        notes.append(f'names without a number of steps are of runs with {horizon:.0f} steps')
+    if ends['several'].any():
+        notes.append(f'names without a number of steps are of runs with {horizon:.0f} steps, or the only ones of their schedule')
     return curves, notes
+
+
+def _mean(table, names, first_step):
+    """step, lr and test_loss, means over the runs `names`, at the steps from first_step on at which all of them were evaluated."""
+    by_step = table[table['run'].isin(names) & (table['step'] >= first_step)].groupby('step')[['lr', 'test_loss']]
+    return by_step.mean()[by_step.size() == len(names)].reset_index()

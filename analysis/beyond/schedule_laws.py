@@ -30,6 +30,7 @@ import pandas as pd
 from scipy.optimize import least_squares, nnls
 from scipy.special import huber
 
+from analysis import collapse
 from analysis.scaling_law import DELTA
 from analysis.table import LogError
 
@@ -162,9 +163,9 @@ def fit_as_published(curves):
     return Fit(multi_power_law._replace(name='multi-power law, as published'), kept, float(best))
 
 
-def errors(fit, curve):
-    """R², MAE, RMSE (nats) and the worst relative error of a fitted law on one curve; every evaluation counts alike."""
-    miss = predict(fit, curve) - curve.loss
+def errors(predicted, curve):
+    """R², MAE, RMSE (nats) and the worst relative error of predicted losses [n]; every evaluation of the curve counts alike."""
+    miss = predicted - curve.loss
     return {'r2': float(1 - np.mean(miss ** 2) / curve.loss.var()), 'mae': float(np.abs(miss).mean()),
             'rmse': float(np.sqrt(np.mean(miss ** 2))), 'worst': float(np.abs(miss / curve.loss).max())}
 
@@ -191,5 +192,57 @@ def compare(curves, names):
         raise LogError(f'all {len(curves)} curves are fitted; leave one out of --fit to be predicted')
     fitted = [curves[name] for name in names]
     fits = [fit(noise_law, fitted), fit_as_published(fitted), fit(multi_power_law, fitted)]
-    rows = [{'curve': name, 'law': one.law.name, **errors(one, curves[name])} for one in fits for name in unseen]
+    rows = [{'curve': name, 'law': one.law.name, **errors(predict(one, curves[name]), curves[name])}
+            for one in fits for name in unseen]
     return fits, rows, pd.DataFrame(rows).drop(columns='curve').groupby('law', sort=False).mean()
+
+
+# ---- from a small model to larger ones ----------------------------------------------------------------------------------
+
+
+def at_share(curve, x):
+    """Loss of a curve at the shares x of its steps."""
+    return np.interp(x, curve.step / curve.step[-1], curve.loss)
+
+
+def transfer(small, large, name, L0, fit=None):
+    """Loss [n] of the curve `name` of a larger model, from its constant-rate curve and from a smaller model's curves {name: Curve}.
+
+    If both sizes follow one normalised curve under every schedule, (L - L0) / (L_const - L0) is the same at equal x, the share of
+    the constant-rate run's steps. It is measured on the smaller model, or predicted by `fit`, a law fitted to the smaller model.
+    That law gets the larger model's rates, with steps and peak rate rescaled to those of the smaller one.
+    """
+    one, const, end = large[name], small['const'], large['const'].step[-1]
+    x, small_x = one.step / end, small[name].step / const.step[-1]
+    if fit:
+        rates, steps = const.lr.max() / large['const'].lr.max(), const.step[-1] / end
+        loss = predict(fit, one._replace(lr=one.lr * rates, rate=one.rate * rates, edge=one.edge * steps * rates))
+        unchanged = at_share(const._replace(loss=predict(fit, const)), x)
+    else:
+        loss, unchanged = (np.interp(x, small_x, values) for values in (small[name].loss, at_share(const, small_x)))
+    return L0 + (at_share(large['const'], x) - L0) * (loss - L0) / (unchanged - L0)
+
+
+def compare_sizes(by_size, names):
+    """(rows of `compare` for each model of {p: {name: Curve}}, and of `transfer` from the smallest one; L0 of the transfer).
+
+    L0 is the one with which the constant-rate curves `const` collapse best, or 0 for two models. The rows `constant rate` are the
+    errors of the model's own constant-rate curve. Raises LogError if a model has no such curve.
+    """
+    p, x = sorted(by_size), collapse.GRID
+    if any('const' not in curves for curves in by_size.values()):
+        raise LogError('a transfer needs runs with schedule const of every model')
+    loss = np.array([at_share(by_size[one]['const'], x) for one in p])
+    L0 = float(np.nan_to_num(collapse.best_L0(collapse.Curves(x, loss, np.arange(len(p)), np.array(p), p, None, None))[0]))
+    rows, small, small_fits = [], by_size[p[0]], None
+    for one in p:
+        curves, (fits, own, _) = by_size[one], compare(by_size[one], names)
+        rows += [{'num_params': one, **row} for row in own]
+        for name in [name for name in small if name in curves and name not in names]:
+            found = {'constant rate': at_share(curves['const'], curves[name].step / curves['const'].step[-1])}
+            if small_fits:
+                found['measured, transferred'] = transfer(small, curves, name, L0)
+                found |= {f'{fit.law.name}, transferred': transfer(small, curves, name, L0, fit) for fit in small_fits}
+            rows += [{'num_params': one, 'curve': name, 'law': law, **errors(found[law], curves[name])} for law in found]
+        small_fits = small_fits or fits
+    return rows, L0
