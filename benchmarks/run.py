@@ -224,6 +224,7 @@ def main():
     parser.add_argument('--only', default='', help='rows whose description matches this pattern, e.g. "mlp.*D=64$"')
     parser.add_argument('--json', help='write the rows to this file')
     args = parser.parse_args()
+    process.keep_freed_memory()
     distributed.use_every_core()
     process.enable_compilation_cache()
     work = [w for w in grid() if re.search(args.only, f"{w[0]} ×{w[1]} {' '.join(w[2])}")]

@@ -3,6 +3,7 @@
 Each process drives the devices of its own machine and reads its rows of every batch. All of them compute on one mesh. The main
 process alone writes records.
 """
+import functools
 import importlib.util
 import os
 from contextlib import contextmanager
@@ -61,10 +62,23 @@ def devices_for(B, microbatches=1) -> list:
 def compiler_options(devices) -> dict:
     """XLA options of a program on these devices: CPU cores that are devices of their own compute with one thread each.
 
-    XLA's YNNPACK fusions stay on. Without them a step is a twentieth faster, but jaxlib 0.10.2 then evaluated 96 examples of each
-    device wrongly at D = 384 and B = 4096 (tests/measure_distributed.py).
+    Of XLA's YNNPACK fusions the matrix products alone stay on, where the installed jaxlib has that option: a step is then up to a
+    fifth faster. Without any of them jaxlib 0.10.2 once evaluated 96 examples of each device wrongly, on a CPU without AVX-512
+    (benchmarks/check_jaxlib.py).
     """
-    return {'xla_cpu_multi_thread_eigen': False} if len(devices) > 1 and devices[0].platform == 'cpu' else {}
+    if len(devices) == 1 or devices[0].platform != 'cpu':
+        return {}
+    return {'xla_cpu_multi_thread_eigen': False} | accepted('xla_cpu_experimental_ynn_fusion_type', 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
+
+
+@functools.cache
+def accepted(option, value) -> dict:
+    """{option: value} if the installed jaxlib knows this compiler option and value, otherwise {}."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return {option: value}
 
 
 def is_main_process() -> bool:
