@@ -15,6 +15,7 @@ import model as models
 import optimizer
 from trainer import distributed
 
+CACHE_BYTES = 1 << 20  # of a CPU core's own (L2) cache
 PROBE_BYTES = 1 << 26  # of features and logits kept between evaluations, all seeds together: 64 MiB
 
 
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
     task: data.Task
     graphdef: Any    # of the model: nnx.merge(graphdef, params) is callable
     adam: Any        # optax.GradientTransformation
+    in_turn: bool    # the seeds are taken one after the other
     probe_rows: int  # sequences of the first test batch whose features and logits are compared between evaluations
 
 
@@ -51,7 +53,7 @@ def build(run, task, devices=None) -> Programs:
     """The programs of a run on these devices (default: distributed.devices_for). Nothing is compiled yet."""
     devices = devices or distributed.devices_for(run.opt.B, run.derived.microbatches)
     mesh = jax.sharding.Mesh(devices, ('data',))
-    problem = make_problem(run, task)
+    problem = make_problem(run, task, devices)
     seed_axis = [None] * task.per_seed  # in front of the examples of a batch
     whole = NamedSharding(mesh, PartitionSpec())
     batch_sharding = NamedSharding(mesh, PartitionSpec(*seed_axis, 'data'))
@@ -65,18 +67,18 @@ def build(run, task, devices=None) -> Programs:
         init=jax.jit(init, out_shardings=state_shardings, compiler_options=data.fast_compile_options()),
         train=jax.jit(partial(train_steps, problem, batch_sharding), donate_argnums=0, out_shardings=state_shardings,
                       compiler_options=options),
-        evaluate=jax.jit(over_seeds(partial(evaluate, problem), state=0, peak_lrs=None, test=None), donate_argnums=0,
+        evaluate=jax.jit(over_seeds(partial(evaluate, problem), problem.in_turn, state=0, peak_lrs=None, test=None), donate_argnums=0,
                          out_shardings=(state_shardings, whole), compiler_options=options),
         raw_sharding=raw_sharding,
         test_sharding=NamedSharding(mesh, PartitionSpec(None, 'data')),
         state_shardings=state_shardings)
 
 
-def make_problem(run, task) -> Problem:
+def make_problem(run, task, devices) -> Problem:
     graphdef, _, _ = models.structure(run.arch, run.model)
     entries = len(run.all_seeds) * run.model.L * (run.model.D + run.model.V)  # float32 numbers of features and logits a sequence
     rows = min(run.opt.B // run.derived.microbatches, PROBE_BYTES // (4 * entries))
-    return Problem(run, task, graphdef, optimizer.adam(run), max(1, rows))
+    return Problem(run, task, graphdef, optimizer.adam(run), seeds_in_turn(run, devices), max(1, rows))
 
 
 def state_sharding(mesh, fsdp, leaf):
@@ -86,9 +88,30 @@ def state_sharding(mesh, fsdp, leaf):
     return NamedSharding(mesh, PartitionSpec(*['data' if i == longest else None for i in range(leaf.ndim)]))
 
 
-def over_seeds(function, **axes):
-    """The function over all seeds at once (jax.vmap): a named argument has a seed axis in front (0) or is shared (None)."""
-    return jax.vmap(function, in_axes=tuple(axes.values()))
+def over_seeds(function, in_turn=False, **axes):
+    """The function over all seeds: a named argument has a seed axis in front (0) or is shared (None).
+
+    All seeds at once (jax.vmap), or one after the other (jax.lax.map).
+    """
+    if not in_turn:
+        return jax.vmap(function, in_axes=tuple(axes.values()))
+
+    def mapped(*arguments):
+        named = dict(zip(axes, arguments, strict=True))
+        shared = {name: argument for name, argument in named.items() if axes[name] is None}
+        own = {name: argument for name, argument in named.items() if axes[name] == 0}
+        return jax.lax.map(lambda one: function(**shared, **one), own)
+
+    return mapped
+
+
+def seeds_in_turn(run, devices) -> bool:
+    """Whether a CPU takes the seeds one after the other: one seed's features [rows, D] alone fill the cache of a core.
+
+    Five seeds of an MLP at D = 128 and B = 4096 on two cores are then 15% faster, and 15% slower at B = 1024.
+    """
+    rows = run.opt.B // run.derived.microbatches * run.model.L // len(devices)
+    return devices[0].platform == 'cpu' and 4 * rows * run.model.D >= CACHE_BYTES
 
 
 # One seed
@@ -159,7 +182,8 @@ def rms(a):
 def train_steps(problem, batch_sharding, state, peak_lrs, raw, lr_scales, first, count):
     """The state after `count` steps from row `first` of the raw data [M, …] and of lr_scales [M]."""
     task = problem.task
-    step = over_seeds(partial(train_step, problem), state=0, peak_lrs=None, batch=0 if task.per_seed else None, lr_scale=None)
+    step = over_seeds(partial(train_step, problem), problem.in_turn,
+                      state=0, peak_lrs=None, batch=0 if task.per_seed else None, lr_scale=None)
 
     def body(i, state):
         batch = task.batch(jax.tree.map(lambda a: a[i], raw))
