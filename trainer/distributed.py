@@ -68,7 +68,8 @@ def compiler_options(devices) -> dict:
     """
     if len(devices) == 1 or devices[0].platform != 'cpu':
         return {}
-    return {'xla_cpu_multi_thread_eigen': False} | accepted('xla_cpu_experimental_ynn_fusion_type', 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
+    products_alone = accepted('xla_cpu_experimental_ynn_fusion_type', 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
+    return {'xla_cpu_multi_thread_eigen': False} | products_alone
 
 
 @functools.cache

@@ -67,8 +67,8 @@ def build(run, task, devices=None) -> Programs:
         init=jax.jit(init, out_shardings=state_shardings, compiler_options=data.fast_compile_options()),
         train=jax.jit(partial(train_steps, problem, batch_sharding), donate_argnums=0, out_shardings=state_shardings,
                       compiler_options=options),
-        evaluate=jax.jit(over_seeds(partial(evaluate, problem), problem.in_turn, state=0, peak_lrs=None, test=None), donate_argnums=0,
-                         out_shardings=(state_shardings, whole), compiler_options=options),
+        evaluate=jax.jit(over_seeds(partial(evaluate, problem), problem.in_turn, state=0, peak_lrs=None, test=None),
+                         donate_argnums=0, out_shardings=(state_shardings, whole), compiler_options=options),
         raw_sharding=raw_sharding,
         test_sharding=NamedSharding(mesh, PartitionSpec(None, 'data')),
         state_shardings=state_shardings)
