@@ -16,7 +16,6 @@ from analysis.scaling_law import LEVEL, interval
 from analysis.table import LogError, require, runs
 
 GRID = np.arange(1, 101) / 100  # normalised compute x
-MIDDLE = 0.25, 0.75             # the x over which values of L0 are compared: past the warm-up, before noise hides the drop
 # The largest spread of the drop that is called a collapse. An exact two-term law with a data exponent 20% off has 5 to 6% over a
 # factor of 30 in parameters. With the L0 that collapses best, the authors' MLPs and chess models have 1%, the OLMo ladder 1 to 3%,
 # our MLPs without µP 14%.
@@ -161,7 +160,7 @@ def drop_spread(curves, L0):
     Δ cannot choose L0, because it falls whenever less is subtracted: to 0 as L0 -> -∞. This spread has no such trend. Losses are
     means over the runs of a model. L0 [...] is below every final loss.
     """
-    loss, use = _model_mean(curves) @ curves.loss, (curves.x >= MIDDLE[0]) & (curves.x <= MIDDLE[1])
+    loss, use = _model_mean(curves) @ curves.loss, (curves.x >= 0.25) & (curves.x <= 0.75)  # past warm-up, before noise prevails
     drop = (loss - loss[:, -1:])[:, use] / (loss[:, -1:] - np.asarray(L0, float)[..., None, None])  # [..., M, K]
     with np.errstate(invalid='ignore'):  # a log without an evaluation there has no spread: NaN
         return np.sqrt(drop.var(-2).sum(-1) / (drop.mean(-2) ** 2).sum(-1))
@@ -195,15 +194,14 @@ def L0_choices(curves, law, law_ci, ddof=0):
         'name': list(values), 'L0': L0, 'L0_ci': [{'law': law_ci, 'best': best_ci}.get(name) for name in values],
         'delta': each.delta[:, half], 'sigma': each.sigma[:, :, half].mean(1), 'drop_spread': drop_spread(curves, L0),
         'supercollapse_from': onset(curves.x, each.delta, each.sigma.mean(1))})
-    tight = np.where(found['drop_spread'] <= TIGHT, 'collapse', 'no collapse')
-    words = np.where(found['supercollapse_from'].notna(), 'supercollapse', tight)
-    return found.assign(verdict=np.where(found['sigma'].notna(), words, 'not decidable')).to_dict('records')
+    cases = [found['sigma'].isna(), found['supercollapse_from'].notna(), found['drop_spread'] <= TIGHT]
+    return found.assign(verdict=np.select(cases, ['not decidable', 'supercollapse', 'collapse'], 'no collapse')).to_dict('records')
 
 
 def L0_conflict(choices):
     """One line if the law's L0 and the best L0 differ by more than their intervals, added in quadrature, explain. Else None."""
     law, best = ({one['name']: one for one in choices}.get(name) for name in ('law', 'best'))
-    if not (best and law['L0_ci']):
+    if not (law and best and law['L0_ci']):
         return None
     below = best['L0'] < law['L0']
     if abs(best['L0'] - law['L0']) <= np.hypot(law['L0_ci'][not below] - law['L0'], best['L0_ci'][below] - best['L0']):
@@ -301,8 +299,7 @@ def analyse(table, L0=None, ddof=0, draws=200):
     floor = np.full_like(found.sigma, np.nan) if one_model else found.sigma  # one model cannot show a collapse across models
     L0_ci = profile[0] if profile else interval(refits['L0']) if refits else None
     choices = [] if one_model else L0_choices(here, law.L0, L0_ci, ddof)
-    conflict = None if one_model else L0_conflict(choices)
-    notes += [conflict] if conflict else []
+    notes += [conflict] if (conflict := L0_conflict(choices)) else []
     if profile and seeds.min() > 1:
         ends = [one for name in ('law_low', 'law', 'law_high') for one in choices if one['name'] == name]
         sensitivity = {key: [one[key] for one in ends] for key in ('L0', 'supercollapse_from')}

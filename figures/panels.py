@@ -78,10 +78,10 @@ def _draw_L0_choices(axis, curves, choices):
     floors = np.linspace(0, 0.98 * curves.loss[:, -1].min(), 200)
     axis.plot(floors, 100 * collapsing.drop_spread(curves, floors), color='black', lw=1)
     axis.axhline(100 * collapsing.TIGHT, color=style.GREY, lw=0.8, ls=':', label=f'a collapse has at most {collapsing.TIGHT:.0%}')
-    for name, colour, marker in (('zero', style.GREY, 's'), ('law', style.BLUE, 'o'), ('best', style.RED, 'D')):
-        for one in (one for one in choices if one['name'] == name):
-            axis.plot(one['L0_ci'] or [one['L0']] * 2, [100 * one['drop_spread']] * 2, '|-', color=colour)
-            axis.plot(one['L0'], 100 * one['drop_spread'], marker, ms=5, color=colour, label=f'{name}: Δ(0.5) = {one["delta"]:.4f}')
+    for one, colour, marker in zip(choices[:3], (style.GREY, style.BLUE, style.RED), 'soD', strict=False):  # zero, law, best
+        axis.plot(one['L0_ci'] or [one['L0']] * 2, [100 * one['drop_spread']] * 2, '|-', color=colour)
+        label = f'{one["name"]}: Δ(0.5) = {one["delta"]:.4f}'
+        axis.plot(one['L0'], 100 * one['drop_spread'], marker, ms=5, color=colour, label=label)
     axis.set(xlabel='subtracted $L_0$ (90% intervals)', ylabel='spread of the drop (%)', yscale='log', title='which $L_0$?')
     style.plain_log(axis.yaxis, (1, 2, 5))
     axis.legend(fontsize=6.5)

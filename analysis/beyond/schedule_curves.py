@@ -88,9 +88,8 @@ def from_table(table, p=None, skip=0.05):
     """
     require(table, ['step', 'lr', 'test_loss', 'schedule', 'num_params'], 'a schedule law')
     ends, notes = runs(table), []
-    ends = ends.assign(parent=ends.get('parent'), decay=1.0)
-    if 'decay_frac' in ends:
-        ends['decay'] = ends['decay_frac'].where(ends['schedule'] != 'const').fillna(1)
+    ends = ends.assign(parent=ends.get('parent'), decay=ends.get('decay_frac', pd.Series(1.0, ends.index)))
+    ends['decay'] = ends['decay'].where(ends['schedule'] != 'const').fillna(1)
     kinds = ends[['num_params', 'schedule', 'decay', 'step']].drop_duplicates()
     if p is None and kinds['num_params'].nunique() > 1:
         p = kinds['num_params'].mode().max()

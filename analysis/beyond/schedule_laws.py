@@ -197,9 +197,6 @@ def compare(curves, names):
     return fits, rows, pd.DataFrame(rows).drop(columns='curve').groupby('law', sort=False).mean()
 
 
-# ---- from a small model to larger ones ----------------------------------------------------------------------------------
-
-
 def at_share(curve, x):
     """Loss of a curve at the shares x of its steps."""
     return np.interp(x, curve.step / curve.step[-1], curve.loss)
