@@ -54,7 +54,7 @@ def collapse(argv):
              commands.text({name: result[name][at] for name in ('x', 'delta', 'between', 'within', 'sigma')})]
     lines += ['verdict with each L0, delta and sigma at x = 0.5:',
               commands.text([{key: number(value, one['L0_ci']) if key == 'L0' else value for key, value in one.items()
-                              if key != 'L0_ci'} for one in result['L0_choices']])]
+                              if key != 'L0_ci'} for one in result['L0_choices']])] if result['L0_choices'] else []
     lines.append(f'farthest from the mean curve: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
                  f'farthest from its own model: run {odd["run"]} ({odd["departure"]:.2%})')
     commands.finish(args, result, lines, notes + more, 'panels.collapse', {'': (table, result)})

@@ -250,6 +250,7 @@ def test_command(tmp_path):
     assert {'a', 'b', 'L0', 'r2', 'a_ci', 'b_ci', 'L0_ci'} <= set(result['fit'])
     assert min(result['widths']) == 64 and (tmp_path / 'figure.png').stat().st_size > 10_000
     assert 'Δ < σ from x = ' in command(tmp_path / 'log.parquet').stdout.splitlines()[0]
+    assert 'Empty' not in command(tmp_path / 'log.parquet', '--max-width', 32, '--L0', 0).stdout   # one model has no choice
     logs.write_parquet(planted().assign(seed=0.0), tmp_path / 'reruns.parquet')
     by_seed, by_run = (command(tmp_path / 'reruns.parquet', *more) for more in ((), ('--seeds-by', 'run')))
     assert 'one seed per model' in by_seed.stdout.splitlines()[0] and '--seeds-by run' in by_seed.stderr
