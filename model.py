@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+LONG = 512  # tokens from which GPUs and TPUs take the queries in pieces
+
 
 def weight(rngs, shape, std, role):
     """A trainable array [shape], drawn from N(0, std²) in float32, with its role in µP (Tensor Programs V, table 3).
@@ -70,13 +72,13 @@ class Transformer(nnx.Module):
     p = 2VD + LD + N(4 + 2·mlp_expansion)D².
     """
 
-    def __init__(self, cfg, rngs):
+    def __init__(self, cfg, rngs, attention='pieces'):
         D = cfg.D
         std = cfg.init_std_mult / math.sqrt(D)
         embed_std = cfg.init_std_mult * cfg.embed_init_std
         self.embed = weight(rngs, (cfg.V, D), embed_std, 'input')
         self.position = weight(rngs, (cfg.L, D), embed_std, 'input')
-        self.blocks = nnx.List([Block(cfg, std, rngs) for _ in range(cfg.N)])
+        self.blocks = nnx.List([Block(cfg, std, rngs, attention) for _ in range(cfg.N)])
         self.readout = weight(rngs, (D, cfg.V), 0, 'output')
         self.branch_scale = 3 / cfg.N if cfg.scale_by_depth else 1.0
         self.dtype, self.remat = compute_dtype(cfg), cfg.remat
@@ -92,8 +94,8 @@ class Transformer(nnx.Module):
 class Block(nnx.Module):
     """Attention, then a GELU MLP, each a residual branch times branch_scale; h [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, cfg, std, rngs):
-        self.attention = Attention(cfg.D, cfg.dh, std, rngs)
+    def __init__(self, cfg, std, rngs, attention):
+        self.attention = Attention(cfg.D, cfg.dh, std, rngs, attention)
         self.mlp = FeedForward(cfg.D, cfg.mlp_expansion * cfg.D, std, rngs)
 
     def __call__(self, h, branch_scale):
@@ -102,9 +104,10 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal attention with RMS-normalised queries and keys per head, scores scaled by 1/√K."""
+    """Causal attention with RMS-normalised queries and keys per head, scores scaled by 1/√K, by one of IMPLEMENTATIONS."""
 
-    def __init__(self, D, K, std, rngs):
+    def __init__(self, D, K, std, rngs, implementation):
+        self.implementation = implementation
         self.qkv = weight(rngs, (D, 3, D // K, K), std, 'hidden')
         self.out = weight(rngs, (D // K, K, D), 0, 'hidden')
 
@@ -112,20 +115,36 @@ class Attention(nnx.Module):
         D, _, H, K = self.qkv.shape
         qkv = rms_norm(h) @ self.qkv.astype(h.dtype).reshape(D, 3 * D)  # one matrix product: einsum would transpose its result
         q, k, v = (a.reshape(*a.shape[:-1], H, K) for a in jnp.split(qkv, 3, -1))  # each [B, S, H, K]
-        mixed = causal_attention(rms_norm(q), rms_norm(k), v)
+        mixed = causal_attention(rms_norm(q), rms_norm(k), v, self.implementation)
         return mixed.reshape(h.shape) @ self.out.astype(h.dtype).reshape(D, D)
 
 
-def causal_attention(q, k, v):
+IMPLEMENTATIONS = ('pieces', 'xla', 'cudnn')  # of the attention
+
+
+def attention_for(cfg, device) -> str:
+    """The implementation of the attention that a device is given: 'pieces' of queries, 'xla' (JAX's plain call) or 'cudnn' (fused).
+
+    cuDNN has kernels for bfloat16 and heads of up to 128. Elsewhere a GPU or TPU materialises the scores [B, H, S, S]: with JAX's
+    call short sequences take less memory, with pieces of queries long ones. docs/performance.md has the compiled sizes.
+    """
+    if device.platform == 'cpu':
+        return 'pieces'
+    if 'NVIDIA' in device.device_kind and compute_dtype(cfg) == jnp.bfloat16 and cfg.dh % 8 == 0 and cfg.dh <= 128:
+        return 'cudnn'
+    return 'pieces' if cfg.L >= LONG else 'xla'
+
+
+def causal_attention(q, k, v, implementation):
     """softmax(q kᵀ/√K) v over the positions up to each query's own. q, k, v and the result are [B, S, H, K]; q and k have unit rms.
 
-    On a CPU the queries are taken in pieces, each with the keys up to its last query. That leaves out nearly half of the scores,
-    and the rest stays in the caches. Scores of unit-rms vectors are at most √K, so exp needs no maximum subtracted, and the
-    normalisation can follow the product with v. Other platforms use JAX's call, which XLA compiles to plain operations.
+    'pieces' takes the queries in pieces, each with the keys up to its last query. That leaves out nearly half of the scores, and on
+    a CPU the rest stays in the caches. Scores of unit-rms vectors are at most √K, so exp needs no maximum subtracted, and the
+    normalisation can follow the product with v. The others are JAX's.
     """
+    if implementation != 'pieces':
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     S, K = q.shape[1], q.shape[-1]
-    if jax.default_backend() != 'cpu':
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     q, k, v = (a.swapaxes(1, 2) for a in (q * K**-0.5, k, v))  # [B, H, S, K]
     size = max(64, S // 8)
     pieces = []
@@ -162,13 +181,13 @@ ARCHS = {'mlp': MLP, 'transformer': Transformer}
 
 
 @functools.cache
-def structure(arch, cfg):
+def structure(arch, cfg, **options):
     """(graphdef, params, roles) of a model, without allocating it.
 
     params and roles are nested dicts of the same structure, of ShapeDtypeStruct and of role names. nnx.merge(graphdef, params) is
-    the callable model.
+    the callable model. options: attention=… of a Transformer.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: ARCHS[arch](cfg, nnx.Rngs(0))), nnx.Param)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: ARCHS[arch](cfg, nnx.Rngs(0), **options)), nnx.Param)
     roles = jax.tree.map(lambda w: w.get_metadata('role'), state, is_leaf=lambda w: isinstance(w, nnx.Param))
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(roles)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import optimizer  # noqa: E402
 import train  # noqa: E402
 from trainer import checkpoint, config, distributed, dry_run, process, programs, resume  # noqa: E402
 
@@ -72,6 +73,36 @@ def restored_checkpoint(run):
     }
 
 
+# With a large eps Adam's first steps are smooth in the gradient; with eps = 0 they are its sign, rounding errors included.
+SMOOTH = ('opt.eps=1', 'opt.lr=1', 'opt.embed_lr_mult=1', 'opt.readout_lr_mult=1')
+SHARDINGS = {'whole': (), 'split': ('model.fsdp_enabled=true',), 'split, two seeds': ('model.fsdp_enabled=true', 'seeds=[0,1]'),
+             'split, shuffled, in pieces': ('model.fsdp_enabled=true', 'shuffle=true', 'opt.B_max=8')}
+
+
+def after_ten_steps(run, devices):
+    """The weights, and what an evaluation measures, as float64."""
+    task = data.open_task(run, run.all_seeds)
+    program = programs.build(run, task, devices)
+    test, peak_lrs = distributed.put_global(task.test, program.test_sharding), optimizer.peak_lrs(run)
+    state = program.init(jnp.stack([jax.random.key(seed) for seed in run.all_seeds]), test)
+    raw = distributed.put_global(task.block(0), program.raw_sharding)
+    state = program.train(state, peak_lrs, raw, np.ones(task.block_steps, np.float32), np.int32(0), np.int32(10))
+    params = jax.tree.map(np.float64, state.params)
+    _, metrics = program.evaluate(state, peak_lrs, test)
+    return params, jax.tree.map(np.float64, metrics)
+
+
+def differences(work):
+    """{sharding: (largest difference of a weight, largest relative one of a metric) between eight devices and one}."""
+    found = {}
+    for name, overrides in SHARDINGS.items():
+        run = resolve(*work, *SMOOTH, *overrides)
+        (one, metrics), (eight, others) = (after_ten_steps(run, jax.devices()[:count]) for count in (1, 8))
+        found[name] = (max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), one, eight))),
+                       max(np.abs(others[key] / metrics[key] - 1).max() for key in metrics))
+    return found
+
+
 def undetected_bit_flips(run, restore, whole):
     """The positions in the file of values, of some, where a flipped bit changes the restored state without a warning."""
     path = max((run.folder(run.seed) / 'checkpoints').rglob('d/*'), key=lambda path: path.stat().st_size)
@@ -91,6 +122,7 @@ def undetected_bit_flips(run, restore, whole):
 def main():
     out, *work = sys.argv[1:]
     process.enable_compilation_cache()
+    programs.WHOLE_BYTES = 0  # the weights of these small models are split too
     devices = jax.devices()
 
     def measure(*overrides, count=8):
@@ -104,6 +136,7 @@ def main():
     found = {'checkpoint': restored_checkpoint(interrupted)}
     train.train(interrupted)
     found['arguments'] = measure('model.D=256', 'model.base_D=256', 'model.dh=64', 'model.fsdp_enabled=true')['arguments']
+    found['differences'] = differences(work)
     found['step_flops'] = [measure('opt.B_max=8', count=count)['step_flops'] for count in (1, 8)]
     print(json.dumps(found))
 

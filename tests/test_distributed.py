@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train
-from trainer import distributed, run_folder
+from trainer import checkpoint, distributed, run_folder
 
 ROOT = Path(train.__file__).parent
 # 40 steps on tokens.
@@ -58,6 +58,13 @@ def eight_devices(tokens, tmp_path_factory):
 
 def test_eight_devices_that_share_the_state_compute_what_one_does(one_device, eight_devices):
     assert losses(eight_devices.folder / 'sharded') == pytest.approx(one_device, rel=CLOSE)
+
+
+def test_ten_steps_of_every_sharding_are_those_of_one_device(eight_devices):
+    """The weights, of order 0.1, to 1e-6; the metrics, some of which are variances, to 1e-5: float32 sums in another order."""
+    assert len(eight_devices.differences) == 4
+    for name, (weights, metrics) in eight_devices.differences.items():
+        assert weights < 1e-6 and metrics < 1e-5, (name, weights, metrics)
 
 
 def test_sharding_over_eight_leaves_a_sixth_at_most_on_each(eight_devices):
@@ -115,6 +122,24 @@ def test_two_processes_compute_what_one_does(one_device, tokens, tmp_path):
     assert [p.returncode for p in processes] == [0, 0], ended
     assert losses(tmp_path / 'run') == pytest.approx(one_device, rel=CLOSE)
     assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_weights_resume_bit_for_bit_after_a_kill(tokens, tmp_path):
+    """At D = 512 the hidden weights are large enough to be split."""
+    work = (f'ds_path={tokens}', 'model.D=512', 'model.dh=64', 'model.fsdp_enabled=true', 'checkpoint_minutes=0.0001')
+    for name, killed in (('whole', False), ('killed', True), ('killed', False)):
+        processes = start(2, *work, f'run_dir={tmp_path}/{name}')
+        while killed and not checkpoint.steps([tmp_path / name]) and all(p.poll() is None for p in processes):
+            time.sleep(0.01)
+        for p in processes:
+            if killed:
+                p.kill()
+        ended = [p.communicate(timeout=300) for p in processes]
+        assert [p.returncode for p in processes] == [-9 * killed] * 2, ended
+    assert 'resuming from step' in ended[0][1]
+    whole, resumed = ((tmp_path / name / 'history.jsonl').read_text() for name in ('whole', 'killed'))
+    assert whole == resumed
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ all of them see. Each writes and reads the shards of its own devices.
 import logging
 import math
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -58,8 +59,12 @@ class Checkpoints:
             self._warn(error)
 
     def _warn(self, error):
-        for path in self.folder.glob('*-tmp'):
-            shutil.rmtree(path, ignore_errors=True)  # its space may be what the disk lacks
+        for _ in range(100):  # Orbax's other writers may put files back
+            for path in (unfinished := list(self.folder.glob('*-tmp'))):
+                shutil.rmtree(path, ignore_errors=True)  # its space may be what the disk lacks
+            if not unfinished:
+                break
+            time.sleep(0.01)
         warn(f'no checkpoint could be saved in {self.folder} ({brief(error)}); training continues, older checkpoints are kept')
 
     def close(self):

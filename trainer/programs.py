@@ -2,6 +2,7 @@
 
 The functions are pure and written for one seed. `over_seeds` is the one place that maps them over several.
 """
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from trainer import distributed
 
 CACHE_BYTES = 1 << 20  # of a CPU core's own (L2) cache
 PROBE_BYTES = 1 << 26  # of features and logits kept between evaluations, all seeds together: 64 MiB
+WHOLE_BYTES = 1 << 20  # a smaller weight stays whole with FSDP: its collectives would cost latency and save next to nothing
 
 
 class State(NamedTuple):
@@ -33,6 +35,7 @@ class Problem(NamedTuple):
     """What the functions below are given besides arrays; constant while a run trains."""
     run: Any         # config.Run
     task: data.Task
+    mesh: Any        # of the devices, with the one axis 'data'
     graphdef: Any    # of the model: nnx.merge(graphdef, params) is callable
     adam: Any        # optax.GradientTransformation
     in_turn: bool    # the seeds are taken one after the other
@@ -53,7 +56,7 @@ def build(run, task, devices=None) -> Programs:
     """The programs of a run on these devices (default: distributed.devices_for). Nothing is compiled yet."""
     devices = devices or distributed.devices_for(run.opt.B, run.derived.microbatches)
     mesh = jax.sharding.Mesh(devices, ('data',))
-    problem = make_problem(run, task, devices)
+    problem = make_problem(run, task, mesh)
     seed_axis = [None] * task.per_seed  # in front of the examples of a batch
     whole = NamedSharding(mesh, PartitionSpec())
     batch_sharding = NamedSharding(mesh, PartitionSpec(*seed_axis, 'data'))
@@ -61,7 +64,9 @@ def build(run, task, devices=None) -> Programs:
 
     init = over_seeds(partial(initial_state, problem), key=0, test=None)
     keys = jax.random.split(jax.random.key(0), len(run.all_seeds))
-    state_shardings = jax.tree.map(partial(state_sharding, mesh, run.model.fsdp_enabled), jax.eval_shape(init, keys, task.test))
+    state = jax.eval_shape(init, keys, task.test)
+    specs = jax.tree.map(lambda leaf: storage(run, mesh, leaf.shape[1:]), state)._replace(probe=(probe_spec(problem),) * 2)
+    state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec(None, *spec)), specs)
     options = distributed.compiler_options(devices)
     return Programs(
         init=jax.jit(init, out_shardings=state_shardings, compiler_options=data.fast_compile_options()),
@@ -74,18 +79,46 @@ def build(run, task, devices=None) -> Programs:
         state_shardings=state_shardings)
 
 
-def make_problem(run, task, devices) -> Problem:
-    graphdef, _, _ = models.structure(run.arch, run.model)
+def make_problem(run, task, mesh) -> Problem:
+    attention = attention_of(run, mesh.devices.flat[0])
+    graphdef, _, _ = models.structure(run.arch, run.model, **({'attention': attention} if attention else {}))
     entries = len(run.all_seeds) * run.model.L * (run.model.D + run.model.V)  # float32 numbers of features and logits a sequence
     rows = min(run.opt.B // run.derived.microbatches, PROBE_BYTES // (4 * entries))
-    return Problem(run, task, graphdef, optimizer.adam(run), seeds_in_turn(run, devices), max(1, rows))
+    return Problem(run, task, mesh, graphdef, optimizer.adam(run), seeds_in_turn(run, mesh.devices.flat), max(1, rows))
 
 
-def state_sharding(mesh, fsdp, leaf):
-    """Sharding of a leaf [S, …] of the state: whole on every device, or with FSDP split along its longest axis that divides."""
-    axes = [i for i in range(1, leaf.ndim) if leaf.shape[i] % mesh.size == 0] if fsdp else []
-    longest = max(axes, key=lambda i: leaf.shape[i], default=None)
-    return NamedSharding(mesh, PartitionSpec(*['data' if i == longest else None for i in range(leaf.ndim)]))
+def attention_of(run, device) -> str | None:
+    """The implementation of the attention of a run on this kind of device (model.attention_for); None for an MLP."""
+    return None if run.arch == 'mlp' else models.attention_for(run.model, device)
+
+
+# Sharding
+
+def storage(run, mesh, shape) -> PartitionSpec:
+    """How a weight of this shape, its moments and its gradient are stored.
+
+    With FSDP a weight is split along its first axis that the number of devices divides. Small weights, and all without FSDP, are
+    whole on every device.
+    """
+    large = run.model.fsdp_enabled and 4 * len(run.all_seeds) * math.prod(shape) >= WHOLE_BYTES
+    axis = next((i for i, size in enumerate(shape) if size % mesh.size == 0), None) if large else None
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, 'data')
+
+
+def gather(problem, params):
+    """The weights, whole on every device, as all passes use them: weights and gradients travel, activations do not."""
+    return jax.lax.with_sharding_constraint(params, NamedSharding(problem.mesh, PartitionSpec()))
+
+
+def scatter(problem, gradient):
+    """The gradient, summed over the devices and stored like the weights."""
+    return jax.tree.map(lambda g: jax.lax.with_sharding_constraint(
+        g, NamedSharding(problem.mesh, storage(problem.run, problem.mesh, g.shape))), gradient)
+
+
+def probe_spec(problem) -> PartitionSpec:
+    """The sequences of the probe are split over the devices if their number divides them."""
+    return PartitionSpec('data' if problem.probe_rows % problem.mesh.size == 0 else None)
 
 
 def over_seeds(function, in_turn=False, **axes):
@@ -130,10 +163,13 @@ def loss_sum(problem, params, batch):
 
 
 def batch_gradient(problem, params, batch):
-    """((loss sum, weight), gradient of the mean loss) of a batch, accumulated over run.derived.microbatches pieces."""
+    """((loss sum, weight), gradient of the mean loss) of a batch, accumulated over run.derived.microbatches pieces.
+
+    params are whole on every device. The gradient is stored like the weights.
+    """
     def piece_gradient(batch):
         (total, weight), g = jax.value_and_grad(partial(loss_sum, problem), has_aux=True)(params, batch)
-        return total, weight, g
+        return total, weight, scatter(problem, g)
 
     n = problem.run.derived.microbatches
     if n == 1:
@@ -149,13 +185,14 @@ def batch_gradient(problem, params, batch):
 
 def probe(problem, params, test):
     """Features and logits, float32, of the first rows of the first test batch."""
-    f, h = nnx.merge(problem.graphdef, params)(test.x[0, :problem.probe_rows])
+    rows = jax.lax.with_sharding_constraint(test.x[0, :problem.probe_rows], NamedSharding(problem.mesh, probe_spec(problem)))
+    f, h = nnx.merge(problem.graphdef, params)(rows)
     return h.astype(jnp.float32), f
 
 
 def train_step(problem, state, peak_lrs, batch, lr_scale):
     """The state after one update, with the learning rates peak_lrs · lr_scale."""
-    (total, weight), g = batch_gradient(problem, state.params, batch)
+    (total, weight), g = batch_gradient(problem, gather(problem, state.params), batch)
     updates, moments = problem.adam.update(g, state.moments, state.params)
     params = optimizer.apply_updates(state.params, updates, peak_lrs, lr_scale)
     return state._replace(params=params, moments=moments, step=state.step + 1,
@@ -166,8 +203,9 @@ def evaluate(problem, state, peak_lrs, test):
     """(state with the running training loss reset, {name: scalar}): losses and gradient trace on the test batches [n, B, …]."""
     run = problem.run
     P = optimizer.preconditioner(state.moments, peak_lrs, run)
-    (totals, weights), trace = optimizer.gradient_trace(partial(batch_gradient, problem, state.params), test, P, run.opt.B)
-    h, f = probe(problem, state.params, test)
+    params = gather(problem, state.params)
+    (totals, weights), trace = optimizer.gradient_trace(partial(batch_gradient, problem, params), test, P, run.opt.B)
+    h, f = probe(problem, params, test)
     metrics = {'test_loss': jnp.sum(totals) / jnp.sum(weights), 'train_loss': state.loss_sum / state.loss_count, **trace,
                'h': rms(h), 'f': rms(f), 'dh': rms(h - state.probe[0]), 'df': rms(f - state.probe[1])}
     return state._replace(loss_sum=jnp.float32(0), loss_count=jnp.int32(0), probe=(h, f)), metrics
