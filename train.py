@@ -221,7 +221,7 @@ def run_config(cfg, overridden=frozenset()):
         distributed.devices_for(run.opt.B, run.derived.microbatches)  # raises before anything is made
     derived = run.derived
     print(f'p = {derived.num_params:,} parameters, {derived.steps:,} steps, {derived.steps * derived.tokens_per_step:,} tokens, '
-          f'C = {derived.compute:.4g} FLOPs, seeds {run.all_seeds}')
+          f'C = {derived.compute:.4g} FLOPs, evaluations +{derived.eval_share:.0%}, seeds {run.all_seeds}')
     if run.dry_run:
         print(dry_run.report(run))
         return
@@ -231,7 +231,8 @@ def run_config(cfg, overridden=frozenset()):
         summaries = train(run, bar.on_steps)
     for summary in summaries:
         print(f"seed {summary['seed']}: {summary['state']}, test_loss {summary.get('test_loss', float('nan')):.5f}, "
-              f"{summary['wall_seconds']:.0f} s at {summary.get('mfu', 0):.0%} of the matmul rate, in {summary['folder']}")
+              f"{summary['wall_seconds']:.0f} s ({summary['eval_seconds'] / summary['wall_seconds']:.0%} in evaluations) at "
+              f"{summary.get('mfu', 0):.0%} of the matmul rate, in {summary['folder']}")
     diverged = any(summary['state'] == 'diverged' for summary in summaries)
     if diverged and not wandb_logger.agent_environment():  # an agent stops after several failed runs
         sys.exit(1)

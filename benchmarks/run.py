@@ -54,10 +54,21 @@ def grid():
 
 def measure(name, seeds, overrides):
     """One row, {name: number} with times in seconds, of a configuration with this many seeds trained together."""
+    with resolved(name, seeds, overrides) as run:
+        return measure_run(run) | {'config': name, 'seeds': seeds}
+
+
+@contextlib.contextmanager
+def resolved(name, seeds, overrides):
+    """The resolved run of a row. Its data are there while the context is open."""
     with hydra.initialize(version_base=None, config_path='../configs'), random_tokens() as folder:
         ds_path = [] if name == 'mlp' else [f'ds_path={folder}']
-        run = config.resolve(hydra.compose(name, [*overrides, *ds_path, f'seeds={list(range(seeds))}', 'wandb_mode=disabled']))
-        return measure_run(run) | {'config': name, 'seeds': seeds}
+        yield config.resolve(hydra.compose(name, [*overrides, *ds_path, f'seeds={list(range(seeds))}', 'wandb_mode=disabled']))
+
+
+def chosen(pattern):
+    """The rows of the grid whose description matches."""
+    return [row for row in grid() if re.search(pattern, f"{row[0]} ×{row[1]} {' '.join(row[2])}")]
 
 
 @contextlib.contextmanager
@@ -227,8 +238,7 @@ def main():
     process.keep_freed_memory()
     distributed.use_every_core()
     process.enable_compilation_cache()
-    work = [w for w in grid() if re.search(args.only, f"{w[0]} ×{w[1]} {' '.join(w[2])}")]
-    rows = [measure(*w) for w in tqdm(work, desc='bench', file=sys.stderr)]
+    rows = [measure(*row) for row in tqdm(chosen(args.only), desc='bench', file=sys.stderr)]
     device = jax.devices()[0].device_kind
     if rows:
         print(f'{device}, matmul rate {statistics.median(r["matmul_rate"] for r in rows) / 1e9:.0f} GFLOP/s (float32, [2048]³, '

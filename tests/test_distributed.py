@@ -97,6 +97,18 @@ def test_checksum_on_shards_is_that_of_the_whole_state_and_finds_a_flipped_bit(e
     assert 'is damaged (the checksum does not match)' in eight_devices.stderr  # Orbax does not find every flip itself
 
 
+def test_wide_evaluation_on_two_devices_is_that_on_one():
+    """The shape at which jaxlib 0.10.2 once evaluated rows wrongly without YNNPACK fusions (benchmarks/check_jaxlib.py)."""
+    environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '2', 'XLA_FLAGS': ''}  # compiled as users have it
+    done = subprocess.run([sys.executable, ROOT / 'tests' / 'wide_evaluation.py'], text=True, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(done.stdout)
+    variances = {'Bgvar', 'gvar', 'Buvar', 'uvar'}
+    # float32 sums in another order: 2e-7 of a sum. A variance is a difference of batch gradients, which rounds at 1e-6.
+    assert {k: two[k] for k in two.keys() - variances} == pytest.approx({k: one[k] for k in one.keys() - variances}, rel=1e-6)
+    assert {k: two[k] for k in variances} == pytest.approx({k: one[k] for k in variances}, rel=1e-5)
+
+
 # Several processes
 
 def free_port():
