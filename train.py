@@ -214,7 +214,6 @@ def run_config(cfg, overridden=frozenset()):
     if run.dry_run:
         jax.config.update('jax_num_cpu_devices', 8)
     else:
-        process.keep_freed_memory()
         distributed.use_every_core()
         distributed.initialize(run.num_processes, run.process_id, run.coordinator,
                                automatic=not wandb_logger.agent_environment())

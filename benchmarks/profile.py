@@ -19,7 +19,7 @@ import numpy as np
 import data
 import optimizer
 from benchmarks import run as bench
-from trainer import distributed, process, programs
+from trainer import distributed, programs
 
 STEPS = 10
 KINDS = {'products': r'dot|ynn', 'exchange between devices': r'all-reduce|all-gather|reduce-scatter|collective', 'reductions': 'reduce',
@@ -63,7 +63,6 @@ def main():
     parser.add_argument('only', help='rows whose description matches this pattern')
     parser.add_argument('--operations', type=int, default=5, metavar='N', help='print the N largest operations')
     args = parser.parse_args()
-    process.keep_freed_memory()
     distributed.use_every_core()
     for work in bench.chosen(args.only):
         with bench.resolved(*work) as run:

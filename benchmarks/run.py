@@ -235,7 +235,6 @@ def main():
     parser.add_argument('--only', default='', help='rows whose description matches this pattern, e.g. "mlp.*D=64$"')
     parser.add_argument('--json', help='write the rows to this file')
     args = parser.parse_args()
-    process.keep_freed_memory()
     distributed.use_every_core()
     process.enable_compilation_cache()
     rows = [measure(*row) for row in tqdm(chosen(args.only), desc='bench', file=sys.stderr)]

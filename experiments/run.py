@@ -218,7 +218,6 @@ def main(argv=None):
     parser.add_argument('--dry-run', action='store_true', help='print the table of runs and train nothing')
     arguments = parser.parse_intermixed_args(argv)
     with process.one_line_errors():
-        process.keep_freed_memory()
         distributed.use_every_core()
         distributed.initialize(automatic=not arguments.dry_run)
         name, axes = read_sweep(arguments.sweep)

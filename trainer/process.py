@@ -1,5 +1,4 @@
 """Stop signals, one-line errors, warnings, the progress bar and the compilation cache."""
-import ctypes
 import os
 import signal
 import sys
@@ -13,7 +12,6 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # Slurm sends SIGUSR2 some minutes before a job's time is up
 REPEAT_SECONDS = 1.0  # one Ctrl-C reaches a process twice if `wandb agent --forward-signals` passes it on as well
 
@@ -113,18 +111,6 @@ class ProgressBar:
         self.metrics |= metrics
         self.bar.set_postfix({k: f'{v:.4f}' for k, v in self.metrics.items()}, refresh=False)
         self.bar.update(steps)
-
-
-def keep_freed_memory():
-    """Makes glibc keep memory that is freed, for the next request. Call it before JAX is used.
-
-    XLA asks for its scratch memory anew each step. glibc would get it from the system each time, and every page of it would cost a
-    page fault: a step at D = 384 and B = 4096 is 6% faster without them.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, 'mallopt'):  # other C libraries have no such call
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_ARENA_MAX, 1)):
-            libc.mallopt(option, value)
 
 
 def enable_compilation_cache():
