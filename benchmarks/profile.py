@@ -22,8 +22,9 @@ from benchmarks import run as bench
 from trainer import distributed, programs
 
 STEPS = 10
-KINDS = {'products': r'dot|ynn', 'exchange between devices': r'all-reduce|all-gather|reduce-scatter|collective', 'reductions': 'reduce',
-         'copies': r'copy|transpose|concatenate|pad|slice', 'elementwise': ''}  # the first pattern found in an operation's name
+KINDS = {'products': r'dot|ynn', 'exchange between devices': r'all-reduce|all-gather|reduce-scatter|collective',
+         'reductions': 'reduce', 'copies': r'copy|transpose|concatenate|pad|slice',
+         'elementwise': ''}  # the first pattern found in an operation's name
 
 
 def compiled_steps(run):
