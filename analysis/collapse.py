@@ -46,7 +46,7 @@ def ladder(table):
     """The table, if it is one scaling ladder: one schedule, one tag, one horizon per model. Raises LogError otherwise."""
     require(table, ['num_params', 'compute', 'test_loss'], 'a collapse')
     ends = runs(table).assign(horizon=scaling_law.horizon_of(table))
-    groups = [('the log', ends, ('schedule', 'decay_frac', 'tag', 'match_mup_at_D'))]
+    groups = [('the log', ends, ('schedule', 'decay_frac', 'tag', 'optimizer', 'match_mup_at_D'))]
     groups += [(f'the model with {p:.4g} parameters', own, ('peak_lr', 'B', 'N', 'L', 'horizon'))
                for p, own in ends.groupby('num_params')]
     for name, own, columns in groups:

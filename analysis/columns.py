@@ -12,7 +12,10 @@ RUN_COLUMNS = (
     'D', 'N', 'L', 'V',               # width, blocks, sequence length (1 for the MLP), vocabulary or input size
     'B',                              # sequences in a batch
     'peak_lr',                        # opt.lr, the base learning rate; the column lr below is the rate at an evaluation
+    'optimizer',                      # adam | muon
     'weight_decay',                   # λ; a step takes the share rate·λ from a weight, as in PyTorch's AdamW
+    'independent_decay', 'decay_timescale',  # the other ways to set it: opt.independent_decay; opt.decay_timescale, in runs
+    'decay_per_step',                 # in all three ways: share of a hidden weight that a step at the peak rate takes
     'schedule', 'decay_frac', 'warmup_tokens', 'seed',
     'T',                              # tokens
     'num_params', 'scale', 'exponent', 'match_mup_at_D',
@@ -30,7 +33,7 @@ ROW_COLUMNS = (
     'h', 'f', 'dh', 'df',             # rms of the last features, of the logits, and of their changes
     'residual', 'p_value', 'forecast', 'forecast_lo90', 'forecast_hi90')        # of a run that is watched
 
-TEXT_COLUMNS = ('run', 'tag', 'state', 'parent', 'schedule', 'revision', 'device')
+TEXT_COLUMNS = ('run', 'tag', 'state', 'parent', 'optimizer', 'schedule', 'revision', 'device')
 
 
 class LogError(ValueError):

@@ -72,11 +72,14 @@ def conditions(table):
 
 def of_run(rows, horizon):
     """{quantity: value} of one run whose C* is `horizon` FLOPs, with its rate over the peak at each x. NaN is not known."""
-    known = dict.fromkeys(('step', 'B', 'L', 'peak_lr', 'weight_decay', 'warmup_tokens', 'lr'), np.nan) | rows.iloc[-1].to_dict()
+    known = dict.fromkeys(('step', 'B', 'L', 'peak_lr', 'weight_decay', 'decay_per_step', 'warmup_tokens', 'lr'), np.nan)
+    known |= rows.iloc[-1].to_dict()
     tokens = horizon / (6 * known['num_params'])
     batch = known['tokens'] / known['step'] if known['step'] > 0 else known['B'] * known['L']
+    decay = np.float64(known['decay_per_step'])  # of a hidden weight, whose rate under µP is not the base rate
+    decay = known['peak_lr'] * known['weight_decay'] if np.isnan(decay) else decay
     with np.errstate(divide='ignore'):
-        timescale = 1 / np.float64(known['peak_lr'] * known['weight_decay'] * tokens / batch)
+        timescale = 1 / np.float64(decay * tokens / batch)
     seen = rows[rows['lr'].notna()] if 'lr' in rows else rows[:0]
     x, rate = (seen['compute'] / horizon).to_numpy(), seen.get('lr', seen['compute']).to_numpy()
     rate = rate / max([known['peak_lr'], *rate], key=np.nan_to_num)

@@ -46,6 +46,12 @@ def trace_share(table):
     return ((n - 1) / n).where(n > 1).mask(n.isna(), 1.0)
 
 
+def require_adam(table):
+    """Raises LogError for runs of another optimiser, whose preconditioner is not diagonal. Their logs have no Tr Σ."""
+    if others := sorted(set(table.get('optimizer', pd.Series(dtype=str)).dropna()) - {'adam'}):
+        raise LogError(f'eq. 16 needs Tr Σ under Adam, and the log has runs of {", ".join(others)}; use --where optimizer=adam')
+
+
 def align(table):
     """(data frame of the decaying runs beside their constant-rate references, notes).
 
@@ -59,6 +65,7 @@ def align(table):
 
     Raises LogError if the log lacks a column, or if no run has a reference.
     """
+    require_adam(table)
     require(table, ['num_params', 'schedule', 'peak_lr', 'test_loss', 'lr', 'tau', 'tokens', 'Buvar'], 'schedule prediction')
     table = table.assign(share=trace_share(table), noise=lambda t: t['Buvar'] / t['share'], eta=table['lr'] / table['peak_lr'],
                          loss=table['test_loss'], decay_frac=table['decay_frac'].fillna(1) if 'decay_frac' in table else 1.0)
@@ -213,6 +220,7 @@ def noise_share(table, p, L0, floor=0.1):
     By eq. 17 the ratio is constant along a run. Its logarithm is averaged over x >= floor, and a line in log p through the models
     of the table extrapolates it. Raises LogError if the log has no trace, or other schedules.
     """
+    require_adam(table)
     require(table, ['Buvar', 'num_params', 'compute', 'test_loss'], 'another schedule')
     found = sorted(set(table['schedule'].dropna())) if 'schedule' in table else []
     if found != ['const']:

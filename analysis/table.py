@@ -92,6 +92,7 @@ def from_run(run, config, rows, summary):
     settings = pd.json_normalize(config).iloc[0].to_dict() if config else {}
     known = {key.split('.')[-1]: value for key, value in settings.items() if value is not None}  # model.D is the column D
     known |= {column: known[key] for column, key in (('tag', 'wandb_tag'), ('peak_lr', 'lr')) if key in known}
+    known['optimizer'] = settings.get('opt.name')
     known = {key: summary[key] for key in ('revision', 'device') if key in summary} | known  # W&B has them in the summary
     values = {column: known.get(column) for column in RUN_COLUMNS}
     values |= {'run': run, 'state': summary.get('state', 'unfinished')}

@@ -152,7 +152,7 @@ def draw_batches(task, sharding, raw, n):
 def update_weights(run, peak_lrs, state, n):
     """n updates by the optimiser, with the weights in place of a gradient."""
     def one_seed(state):
-        updates, moments = optimizer.adam(run).update(state.params, state.moments, state.params)
+        updates, moments = optimizer.transformation(run).update(state.params, state.moments, state.params)
         return state._replace(params=optimizer.apply_updates(state.params, updates, peak_lrs, 1e-9), moments=moments)
 
     return jax.lax.fori_loop(0, n, lambda _, state: jax.vmap(one_seed)(state), state)

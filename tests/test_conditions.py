@@ -105,6 +105,16 @@ def test_what_the_log_lacks_is_unknown(drop, unknown):
     assert not [one.name for one in found if one.verdict == 'differs']
 
 
+def test_the_timescale_is_that_of_hidden_weights_where_their_decay_is_known():
+    """Under µP one weight decay and one base rate decay wider models less; only decay_per_step knows it."""
+    table = ladder(evals=100)
+    width = np.sqrt(table['num_params'] / P[0])
+    share = table['peak_lr'] * table['weight_decay']
+    assert verdicts(table.assign(decay_per_step=share))['AdamW timescale'] == 'met'
+    assert verdicts(table.assign(decay_per_step=share / width))['AdamW timescale'] == 'differs'
+    assert verdicts(table.assign(decay_per_step=share, weight_decay=0.0))['AdamW timescale'] == 'met'
+
+
 def test_one_model_without_a_weight_decay_is_unknown_and_none_at_all_is_met():
     table = ladder(evals=100)
     larger = table['num_params'] > P[0]

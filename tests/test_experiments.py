@@ -266,7 +266,7 @@ def test_the_paper_authors_key_for_the_optimizer_is_accepted(tiny):
     name, axes = runner.read_sweep(tiny)
     points = [runner.expand(name, axes | more) for more in ({}, {'opt.name': ['adam']})]
     assert [point.run for point in points[0]] == [point.run for point in points[1]]
-    with pytest.raises(config.ConfigError, match='opt.name=adan is unknown; choose one of adam; did you mean adam'):
+    with pytest.raises(config.ConfigError, match='opt.name=adan is unknown; choose one of adam, muon; did you mean adam'):
         runner.expand(name, axes | {'opt.name': ['adan']})
 
 

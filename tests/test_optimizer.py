@@ -1,12 +1,12 @@
-"""Schedules and τ in closed form, µP learning rates, Adam and the gradient trace against plain NumPy, and what µP achieves."""
+"""Schedules and τ in closed form, µP rates, Adam, Muon and the gradient trace against plain NumPy, and what µP achieves."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
+from learning import best_rate, learn, power_law_batches
 
-import data
 import model as models
 import optimizer
 
@@ -93,35 +93,78 @@ def test_peak_learning_rate_of_every_weight(resolve, overrides, factor):
         optimizer.peak_lr('unheard of', run)
 
 
-# Adam
+# Adam, and the three ways to set a weight decay
 
-def test_adam_agrees_with_plain_numpy(resolve):
-    run = resolve('mlp', 'opt.b1=0.8', 'opt.b2=0.9', 'opt.eps=0.01', 'opt.weight_decay=0.1')
+@pytest.mark.parametrize('decay, shares', [  # of a weight that a step at the peak rate takes, at twice the base width
+    ('opt.weight_decay=0', {'input': 0, 'hidden': 0, 'output': 0}),
+    ('opt.weight_decay=0.1', {'input': 0.1 * 0.3, 'hidden': 0.1 * 0.05, 'output': 0.1 * 0.01}),  # times each weight's rate
+    ('opt.independent_decay=0.02', {'input': 0.02, 'hidden': 0.01, 'output': 0.01}),  # not times the rate; half at twice the width
+    ('opt.decay_timescale=0.5', {'input': 0.1, 'hidden': 0.1, 'output': 0.1}),  # 1/(0.5 · 20 steps), the same for all
+])
+def test_adam_agrees_with_plain_numpy(small_mlp, decay, shares):
+    run = small_mlp('model.D=16', 'model.base_D=8', 'opt.b1=0.8', 'opt.b2=0.9', 'opt.eps=0.01', 'opt.lr=0.1', 'opt.embed_lr_mult=3',
+                    'opt.readout_lr_mult=0.2', decay)
+    assert run.derived.steps == 20
     o, rng = run.opt, np.random.default_rng(0)
-    w = {'a': rng.normal(size=(3, 4)), 'b': rng.normal(size=5)}
-    lr = {'a': 0.1, 'b': 0.02}
+    _, shapes, roles = models.structure('mlp', run.model)
+    weights = jax.tree.map(lambda a: rng.normal(size=a.shape), shapes)
     s = [0.0, 0.5, 1.0, 0.7, 0.3]
-    grads = [{k: rng.normal(size=v.shape) for k, v in w.items()} for _ in s]
+    grads = [jax.tree.map(lambda a: rng.normal(size=a.shape), shapes) for _ in s]
 
-    adam, params = optimizer.adam(run), jax.tree.map(jnp.float32, w)
-    moments = adam.init(params)
+    transform, lr, params = optimizer.transformation(run), optimizer.peak_lrs(run), jax.tree.map(jnp.float32, weights)
+    moments = transform.init(params)
     for g, s_t in zip(grads, s, strict=True):
-        updates, moments = adam.update(jax.tree.map(jnp.float32, g), moments, params)
+        updates, moments = transform.update(jax.tree.map(jnp.float32, g), moments, params)
         params = optimizer.apply_updates(params, updates, lr, s_t)
+    P = optimizer.preconditioner(moments, lr, run)
 
-    v_hat = {}
-    for k in w:
+    for (path, w), role in zip(jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(roles), strict=True):
+        get = lambda tree, path=path: functools.reduce(lambda branch, key: branch[key.key], path, tree)  # noqa: E731
         m = v = 0
         for t, (g, s_t) in enumerate(zip(grads, s, strict=True), 1):
-            m, v = o.b1 * m + (1 - o.b1) * g[k], o.b2 * v + (1 - o.b2) * g[k]**2
-            v_hat[k] = v / (1 - o.b2**t)
-            update = m / (1 - o.b1**t) / (np.sqrt(v_hat[k]) + o.eps) + o.weight_decay * w[k]
-            w[k] = w[k] - s_t * lr[k] * update
-    for k in w:
-        np.testing.assert_allclose(params[k], w[k], rtol=1e-5, atol=1e-6)  # five float32 updates
-    P = optimizer.preconditioner(moments, lr, run)
-    for k in w:
-        np.testing.assert_allclose(P[k], lr[k] / (np.sqrt(v_hat[k]) + o.eps), rtol=1e-5)
+            m, v = o.b1 * m + (1 - o.b1) * get(g), o.b2 * v + (1 - o.b2) * get(g)**2
+            v_hat = v / (1 - o.b2**t)
+            w = w - s_t * (get(lr) * m / (1 - o.b1**t) / (np.sqrt(v_hat) + o.eps) + shares[role] * w)
+        np.testing.assert_allclose(get(params), w, rtol=1e-5, atol=1e-6)  # five float32 updates
+        np.testing.assert_allclose(get(P), get(lr) / (np.sqrt(v_hat) + o.eps), rtol=1e-5)
+
+
+# Muon
+
+def hidden_matrices(block):
+    """Every matrix of a block of a transformer [D, D], [D, F] or [F, D], inputs first, with √(fan-out/fan-in)."""
+    qkv, out, fc1, fc2 = (np.asarray(a) for a in (block['attention']['qkv'], block['attention']['out'], block['mlp']['fc1'],
+                                                  block['mlp']['fc2']))
+    D, F = fc1.shape
+    return [*((qkv[:, i].reshape(D, D), 1) for i in range(3)), (out.reshape(D, D), 1), (fc1, (F / D)**0.5), (fc2, (D / F)**0.5)]
+
+
+def test_muon_orthogonalises_the_nesterov_momentum_of_every_hidden_matrix(small_transformer):
+    """Singular vectors are those of the momentum, singular values lie about √(fan-out/fan-in); Adam takes the other weights."""
+    run, adam = (small_transformer('x', f'opt.name={name}', 'opt.momentum=0.8', 'model.V=32') for name in ('muon', 'adam'))
+    _, shapes, _ = models.structure('transformer', run.model)
+    rng = np.random.default_rng(0)
+    params, *grads = [jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)), shapes) for _ in range(3)]
+    updates = {}
+    for one in (run, adam):
+        transform = optimizer.transformation(one)
+        moments = transform.init(params)
+        for g in grads:
+            updates[one.opt.name], moments = transform.update(g, moments, params)
+    for key in ('embed', 'position', 'readout'):
+        np.testing.assert_array_equal(updates['muon'][key], updates['adam'][key])
+
+    mean = lambda a, b: 0.8 * (0.8 * 0.2 * a + 0.2 * b) / (1 - 0.8**3) + 0.2 * b / (1 - 0.8**2)  # noqa: E731
+    momentum = jax.tree.map(mean, *grads)
+    pairs = [pair for block in updates['muon']['blocks'] for pair in zip(
+        hidden_matrices(updates['muon']['blocks'][block]), hidden_matrices(momentum['blocks'][block]), strict=True)]
+    assert len(pairs) == 6
+    for (update, size), (want, _) in pairs:
+        U, values, V = np.linalg.svd(want, full_matrices=False)
+        aligned = U.T @ update @ V.T / size
+        np.testing.assert_allclose(aligned, np.diag(np.diag(aligned)), atol=1e-3)  # float32; five steps amplify small ones 500-fold
+        large = values > 0.05 * values.max()  # Newton-Schulz with optax's coefficients: 0.7 to 1.2, less for the smallest
+        assert large.sum() > 0.8 * len(large) and (np.diag(aligned)[large] > 0.6).all() and (np.diag(aligned) < 1.3).all()
 
 
 # The gradient trace
@@ -161,63 +204,21 @@ def test_trace_of_equal_batches_has_no_variance():
 
 # What µP achieves
 
-B, STEPS = 128, 100
-
-
-def learn(resolve, arch, D, rates, steps, seeds, targets):
-    """{mup: (features h and outputs f before and after [rate, seed, …], losses [rate, seed, steps])} of Adam at constant rates.
-
-    It uses model.py and optimizer.py alone. Learning rates are arguments of one compiled program.
-    """
-    overrides = {'mlp': ('mlp', 'model.base_D=64', 'model.N=1', 'opt.readout_lr_mult=1'),
-                 'transformer': ('chess', 'ds_path=x', 'model.base_D=64', 'model.N=1', 'model.dh=16', 'model.L=8', 'model.V=32',
-                                 'opt.embed_lr_mult=10', 'opt.readout_lr_mult=1')}[arch]
-    runs = {mup: resolve(*overrides, f'model.D={D}', f'opt.B={B}', f'opt.mup={mup}', 'opt.lr=1', 'opt.warmup_tokens=0')
-            for mup in (True, False)}
-    graphdef, _, roles = models.structure(arch, runs[True].model)
-    adam = optimizer.adam(runs[True])
-    x, y = targets  # [steps, B, …]
-
-    def loss(params, x, y):
-        f, h = nnx.merge(graphdef, params)(x)
-        if arch == 'mlp':
-            return jnp.mean(0.5 * (f[:, 0] - y) ** 2), (h, f)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(f, y)), (h, f)
-
-    def one(lrs, seed):
-        def step(carry, batch):
-            params, moments = carry
-            (value, _), g = jax.value_and_grad(loss, has_aux=True)(params, *batch)
-            updates, moments = adam.update(g, moments, params)
-            return (optimizer.apply_updates(params, updates, lrs, 1.0), moments), value
-
-        params = models.init(arch, runs[True].model, jax.random.key(seed))
-        (last, _), losses = jax.lax.scan(step, (params, adam.init(params)), (x[:steps], y[:steps]))
-        return [loss(p, x[0], y[0])[1] for p in (params, last)], losses
-
-    program = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))
-    return {mup: program(jax.tree.map(lambda role, run=run: np.float32(rates) * np.float32(optimizer.peak_lr(role, run)), roles),
-                         np.arange(seeds)) for mup, run in runs.items()}
-
-
 @pytest.fixture(scope='module')
-def power_law_batches(resolve):
-    """The first training batches of the power-law task, x [STEPS, B, 8] and y [STEPS, B]."""
-    task = data.fourier_task(resolve('mlp', f'opt.B={B}', f'T_eval={B}', f'T={STEPS * B}'))
-    batch = jax.jit(lambda raw: jax.lax.map(task.batch, raw))(task.block(0)[:STEPS])
-    return batch.x, batch.y
+def batches(resolve):
+    return power_law_batches(resolve)
 
 
-@pytest.mark.parametrize('arch', ['mlp', 'transformer'])
-def test_update_sizes_do_not_depend_on_width(resolve, power_law_batches, arch):
+@pytest.mark.parametrize('arch, optimiser', [('mlp', 'adam'), ('mlp', 'muon'), ('transformer', 'adam'), ('transformer', 'muon')])
+def test_update_sizes_do_not_depend_on_width(resolve, batches, arch, optimiser):
     """Fits the exponent of D in the RMS of the last features h, of their change dh and of the output's change df over 4 steps."""
-    targets, widths, rate = power_law_batches, (32, 256), 0.0005
+    targets, widths, rate = batches, (32, 256), 0.0005
     if arch == 'transformer':  # the next id is a function of the current one, which can be learned
         tokens = np.random.default_rng(0).integers(0, 32, (4, 64, 8))
         targets, widths, rate = (tokens, (tokens * 5 + 3) % 32), (64, 256), 0.004
     sizes = {True: [], False: []}
     for D in widths:
-        for mup, ((before, after), _) in learn(resolve, arch, D, [rate], 4, 3, targets).items():
+        for mup, ((before, after), _) in learn(resolve, optimiser, arch, D, [rate], 4, 3, targets).items():
             change = [np.asarray(a) - np.asarray(b) for a, b in zip(after, before, strict=True)]
             sizes[mup].append([np.sqrt(np.mean(a * a)) for a in (np.asarray(after[0]), *change)])  # over three seeds
     slopes = {mup: dict(zip(('h', 'dh', 'df'), np.polyfit(np.log(widths), np.log(rows), 1)[0], strict=True))
@@ -225,18 +226,15 @@ def test_update_sizes_do_not_depend_on_width(resolve, power_law_batches, arch):
     print(slopes)
     # measured: at most 0.03 with µP (0.13 for the df of the transformer at these small widths); without it 0.8 to 1.1
     assert max(map(abs, slopes[True].values())) < 0.15, slopes
-    assert slopes[False]['dh'] > 0.3 and slopes[False]['df'] > 0.3, slopes  # the control: they grow without µP
+    assert slopes[False]['df'] > 0.3, slopes  # the control: it grows without µP
+    assert slopes[False]['dh'] > 0.3 or optimiser == 'muon', slopes  # features too, but for Muon's
 
 
-def test_the_best_learning_rate_transfers_across_width(resolve, power_law_batches):
-    log_rates = np.arange(-13, -5)
-    best = {}
-    for D in (32, 256):
-        for mup, (_, losses) in learn(resolve, 'mlp', D, 2.0**log_rates, STEPS, 1, power_law_batches).items():
-            final = np.asarray(losses)[:, 0, -40:].mean(1)  # the mean over forty batches, the same for every rate
-            i = np.clip(np.argmin(final), 1, len(final) - 2)
-            a, b, _ = np.polyfit(log_rates[i - 1:i + 2], final[i - 1:i + 2], 2)  # the minimum, between the learning rates tried
-            best[mup, D] = -b / (2 * a)
+@pytest.mark.parametrize('optimiser, log_rates, D', [('adam', np.arange(-13, -5), 256), ('muon', np.arange(-11, -4), 128)])
+def test_the_best_learning_rate_transfers_across_width(resolve, batches, optimiser, log_rates, D):
+    """Over widths that differ by a factor of 8 or 4; measure_learning_rates.py has more widths, and AdamW."""
+    best = {(mup, width): best_rate(log_rates, losses) for width in (32, D)
+            for mup, (_, losses) in learn(resolve, optimiser, 'mlp', width, 2.0**log_rates, 100, 1, batches).items()}
     print(best)
-    assert abs(best[True, 256] - best[True, 32]) < 1, best  # within a factor of two, for widths a factor of eight apart
-    assert best[False, 32] - best[False, 256] > 2, best  # the control: it falls with the width without µP
+    assert abs(best[True, D] - best[True, 32]) < 1, best  # within a factor of two
+    assert best[False, 32] - best[False, D] > 1.2, best  # the control: it falls with the width without µP

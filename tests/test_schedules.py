@@ -147,6 +147,9 @@ def test_what_is_missing_is_an_error_or_a_note():
     table = planted(np.random.default_rng(3))
     with pytest.raises(logs.LogError, match='needs Buvar'):
         schedules.align(table.drop(columns='Buvar'))
+    with pytest.raises(logs.LogError, match='needs Tr Σ under Adam, and the log has runs of muon; use --where optimizer=adam'):
+        schedules.align(table.assign(optimizer=np.where(table['run'] == table['run'][0], 'muon', 'adam')))
+    schedules.align(table.assign(optimizer='adam'))
     with pytest.raises(logs.LogError, match='no run with a decaying rate has a constant-rate run'):
         schedules.align(table[table['schedule'] != 'const'])
     aligned, notes = schedules.align(table[(table['schedule'] != 'const') | (table['num_params'] == 1e6)])

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field
 
 import model as models
-from optimizer import SCHEDULES
+from optimizer import SCHEDULES, decay_per_step
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 MAX_STEPS = 10**8  # the learning rate of every step is kept in memory: three arrays of 8 bytes a step
@@ -81,7 +81,7 @@ class Model:
 
 @typed
 class Opt:
-    name: Literal['adam']
+    name: Literal['adam', 'muon']
     B: PositiveInt
     B_max: PositiveInt
     lr: Positive
@@ -93,7 +93,10 @@ class Opt:
     b1: DecayRate
     b2: DecayRate
     eps: NotNegative
+    momentum: DecayRate
     weight_decay: NotNegative
+    independent_decay: NotNegative
+    decay_timescale: Positive | None
     mup: bool
 
 
@@ -134,7 +137,7 @@ BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'watch', 'stop_above', 'wandb_mo
 
 # Keys that older runs do not have, with the value that those runs were trained at. At this value a key is left out of a run's
 # identity, so that names of runs, and therefore their folders, stay what they were before the key was added.
-ADDED_KEYS = {'opt.name': 'adam'}
+ADDED_KEYS = {'opt.name': 'adam', 'opt.momentum': 0.95, 'opt.independent_decay': 0.0, 'opt.decay_timescale': None}
 
 # The short names of keys in the published logs. W&B gets both these and the dotted names.
 SHORT_NAMES = {
@@ -214,8 +217,7 @@ def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
     T, source = _horizon(cfg, p, overridden)
     horizon = f'T={T:.6g} tokens{source}'
     tokens_per_step = o.B * m.L
-    steps = int(T // tokens_per_step)
-    warmup_steps = int(o.warmup_tokens // tokens_per_step)
+    steps, warmup_steps = int(T // tokens_per_step), int(o.warmup_tokens // tokens_per_step)
     num_test_batches = cfg.T_eval // tokens_per_step
     if steps < 1:
         raise ConfigError(f'{horizon} is less than one step of opt.B·model.L={tokens_per_step}; raise the horizon or lower opt.B')
@@ -328,11 +330,11 @@ def _check_combinations(cfg):
                                                'turns them off; leave one out')
     require(o.B <= o.B_max or o.B % o.B_max == 0, f'opt.B={o.B} is larger than opt.B_max={o.B_max} and not a multiple of it; '
                                                   f'set opt.B_max to a divisor of {o.B}')
+    decays = [f'opt.{key}={getattr(o, key)}' for key in ('weight_decay', 'independent_decay', 'decay_timescale') if getattr(o, key)]
+    require(len(decays) < 2, f'the weight decay is ambiguous: {" and ".join(decays)}; leave out all but one')
     require(cfg.stop_above is None or cfg.watch is not None, f'stop_above={cfg.stop_above} needs a forecast; '
                                                              'set watch to the log of the ladder')
 
-
-# Suggestions for a typo
 
 def suggest(word, choices) -> str:
     """'; did you mean X?' with the closest of the choices, or '' if none is close. A dotted choice may lack its first part."""
@@ -362,15 +364,16 @@ def _check_expected(run, expected):
 
 def settings(run, seed) -> dict:
     """The configuration of one seed as config.yaml and W&B hold it: nested dicts, with the derived values and the run's name."""
-    values = _as_dict(run, seed)
+    values = dataclasses.asdict(run) | {'seed': seed, 'seeds': None}
     del values['derived']['eval_points']  # follows from num_evals and steps
-    values['derived']['name'] = run.name(seed)
+    values['derived'] |= {'name': run.name(seed), 'decay_per_step': decay_per_step('hidden', run)}
     return values
 
 
 def identity(run, seed) -> dict:
     """What one seed computes, as nested dicts: the resolved configuration without bookkeeping and derived values."""
-    values = {key: value for key, value in _as_dict(run, seed).items() if key not in (*BOOKKEEPING, 'derived')}
+    values = dataclasses.asdict(run) | {'seed': seed, 'seeds': None}
+    values = {key: value for key, value in values.items() if key not in (*BOOKKEEPING, 'derived')}
     for key, default in ADDED_KEYS.items():
         section, _, name = key.rpartition('.')
         group = values[section] if section else values
@@ -383,10 +386,6 @@ def differences(recorded, run, seed) -> list[str]:
     """'KEY=a there, b here' for each key of the identity in which a recorded configuration (nested dicts) differs from this run."""
     there, wanted = ADDED_KEYS | flatten(recorded), ADDED_KEYS | flatten(identity(run, seed))
     return [f'{key}={there.get(key)} there, {value} here' for key, value in wanted.items() if there.get(key) != value]
-
-
-def _as_dict(run, seed):
-    return dataclasses.asdict(run) | {'seed': seed, 'seeds': None}
 
 
 def flatten(values, prefix='') -> dict:

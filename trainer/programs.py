@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     task: data.Task
     mesh: Any        # of the devices, with the one axis 'data'
     graphdef: Any    # of the model: nnx.merge(graphdef, params) is callable
-    adam: Any        # optax.GradientTransformation
+    transform: Any   # optax.GradientTransformation
     in_turn: bool    # the seeds are taken one after the other
     probe_rows: int  # sequences of the first test batch whose features and logits are compared between evaluations
 
@@ -84,7 +84,7 @@ def make_problem(run, task, mesh) -> Problem:
     graphdef, _, _ = models.structure(run.arch, run.model, **({'attention': attention} if attention else {}))
     entries = len(run.all_seeds) * run.model.L * (run.model.D + run.model.V)  # float32 numbers of features and logits a sequence
     rows = min(run.opt.B // run.derived.microbatches, PROBE_BYTES // (4 * entries))
-    return Problem(run, task, mesh, graphdef, optimizer.adam(run), seeds_in_turn(run, mesh.devices.flat), max(1, rows))
+    return Problem(run, task, mesh, graphdef, optimizer.transformation(run), seeds_in_turn(run, mesh.devices.flat), max(1, rows))
 
 
 def attention_of(run, device) -> str | None:
@@ -153,7 +153,7 @@ def initial_state(problem, key, test):
     run = problem.run
     params = models.init(run.arch, run.model, key)
     empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(partial(probe, problem), params, test))
-    return State(params, problem.adam.init(params), jnp.int32(0), jnp.float32(0), jnp.int32(0), empty)
+    return State(params, problem.transform.init(params), jnp.int32(0), jnp.float32(0), jnp.int32(0), empty)
 
 
 def loss_sum(problem, params, batch):
@@ -193,7 +193,7 @@ def probe(problem, params, test):
 def train_step(problem, state, peak_lrs, batch, lr_scale):
     """The state after one update, with the learning rates peak_lrs · lr_scale."""
     (total, weight), g = batch_gradient(problem, gather(problem, state.params), batch)
-    updates, moments = problem.adam.update(g, state.moments, state.params)
+    updates, moments = problem.transform.update(g, state.moments, state.params)
     params = optimizer.apply_updates(state.params, updates, peak_lrs, lr_scale)
     return state._replace(params=params, moments=moments, step=state.step + 1,
                           loss_sum=state.loss_sum + total / jnp.maximum(weight, 1), loss_count=state.loss_count + 1)
