@@ -9,9 +9,12 @@ import pandas as pd
 
 from analysis import table as logs
 
+SEEDS_BY = {'choices': ('seed', 'run'), 'default': 'seed',
+            'help': 'what is a seed of a model: each value of the column seed (default), or each run, reruns included'}
 
-def parser(description, name):
-    """The argument parser of one command, with LOG, --where, the widths, --json and --out."""
+
+def parser(description, name, out='write the figure (.png or .pdf)'):
+    """The argument parser of one command, with LOG, --where, the widths, --json and --out, whose help is `out`."""
     parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=description, allow_abbrev=False)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
@@ -19,7 +22,7 @@ def parser(description, name):
     parse.add_argument('--min-width', type=float, metavar='D', help='leave out narrower models')
     parse.add_argument('--max-width', type=float, metavar='D', help='leave out wider models')
     parse.add_argument('--json', action='store_true', help='print the result as JSON on stdout, and nothing else there')
-    parse.add_argument('--out', metavar='FIG', help='write the figure (.png or .pdf)')
+    parse.add_argument('--out', metavar='FILE', help=out)
     return parse
 
 

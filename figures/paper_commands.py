@@ -35,8 +35,7 @@ def collapse(argv):
     parse.add_argument('--L0', type=float, metavar='X', help='hold the irreducible loss instead of fitting it')
     parse.add_argument('--ddof', type=int, default=0, choices=(0, 1), help='of every variance over seeds (default 0)')
     parse.add_argument('--keep-duplicates', action='store_true', help='keep runs that are in the log twice')
-    parse.add_argument('--seeds-by', choices=('seed', 'run'), default='seed',
-                       help='what is a seed of a model: each value of the column seed (default), or each run, reruns included')
+    parse.add_argument('--seeds-by', **commands.SEEDS_BY)
     args = parse.parse_args(argv)
     table, notes, copies = commands.read(args, args.keep_duplicates)
     if args.seeds_by == 'seed' and not args.keep_duplicates:
