@@ -212,12 +212,12 @@ def run_config(cfg, overridden=frozenset()):
     process.enable_compilation_cache()
     run = config.resolve(cfg, data.vocab_size(cfg.ds_path, data_needed=not cfg.dry_run), overridden)
     if run.dry_run:
-        jax.config.update('jax_num_cpu_devices', 8)
+        dry_run.prepare(run)
     else:
         distributed.use_every_core()
         distributed.initialize(run.num_processes, run.process_id, run.coordinator,
                                automatic=not wandb_logger.agent_environment())
-        distributed.devices_for(run.opt.B, run.derived.microbatches)  # raises before anything is made
+        note(programs.describe(run, distributed.devices_for(run.opt.B, run.derived.microbatches)))  # or raises, before any folder
     derived = run.derived
     print(f'p = {derived.num_params:,} parameters, {derived.steps:,} steps, {derived.steps * derived.tokens_per_step:,} tokens, '
           f'C = {derived.compute:.4g} FLOPs, evaluations +{derived.eval_share:.0%}, seeds {run.all_seeds}')

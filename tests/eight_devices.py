@@ -137,7 +137,7 @@ def main():
     train.train(interrupted)
     found['arguments'] = measure('model.D=256', 'model.base_D=256', 'model.dh=64', 'model.fsdp_enabled=true')['arguments']
     found['differences'] = differences(work)
-    found['step_flops'] = [measure('opt.B_max=8', count=count)['step_flops'] for count in (1, 8)]
+    found['step_flops'] = [measure('opt.B_max=8', count=count)['flops'] for count in (1, 8)]
     print(json.dumps(found))
 
 

@@ -1,10 +1,11 @@
 """The cost report of a run: what it counts, and that it needs neither data nor training."""
+import json
 import re
 
 import jax
 import pytest
 
-from trainer import dry_run
+from trainer import chips, dry_run
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +38,11 @@ def test_precision_of_matrix_products_changes_the_hours(small_mlp):
 
 def test_peak_is_that_of_the_precision_in_use(small_mlp):
     def peak(chip, *overrides):
-        return dry_run.peak_flops(chip, small_mlp(*overrides))
+        return chips.peak_flops(chip, small_mlp(*overrides))
 
-    assert peak('H100 80 GB') == peak('H100 80 GB', 'matmul_precision=tensorfloat32') < peak('H100 80 GB', 'model.dtype=bfloat16')
-    assert peak('TPU v5e') == peak('TPU v5e', 'model.dtype=bfloat16')  # a TPU multiplies bfloat16 by default
-    assert peak('TPU v5e', 'matmul_precision=tensorfloat32') == peak('TPU v5e') / 3  # three passes of bfloat16
+    assert peak('h100') == peak('h100', 'matmul_precision=tensorfloat32') < peak('h100', 'model.dtype=bfloat16')
+    assert peak('v5e') == peak('v5e', 'model.dtype=bfloat16')  # a TPU multiplies bfloat16 by default
+    assert peak('v5e', 'matmul_precision=tensorfloat32') == peak('v5e') / 3  # three passes of bfloat16
 
 
 def test_bytes_and_flops_of_three_seeds(small_mlp):
@@ -51,4 +52,29 @@ def test_bytes_and_flops_of_three_seeds(small_mlp):
     assert found['parameters'] == 3 * 4 * p  # float32
     assert found['moments'] == 3 * (2 * 4 * p + 4)  # two of each parameter, and Adam's step count
     assert found['sum'] == found['parameters'] + found['moments'] + found['other'] + found['temporary']
-    assert found['step_flops'] > 3 * run.derived.flops_per_token * run.derived.tokens_per_step  # with elementwise work
+    assert found['flops'] > 3 * run.derived.flops_per_token * run.derived.tokens_per_step  # with elementwise work
+
+
+def test_without_the_chips_compiler_the_figures_are_a_stand_ins(small_mlp, tmp_path, monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda name: None)
+    run = small_mlp('dry_run_chip=v5e', f'dry_run_json={tmp_path}/figures.json')
+    report = dry_run.report(run)
+    assert "these figures are a stand-in's: the compiler of v5e is missing, pip install 'libtpu" in report and 'H100' not in report
+    found = json.loads((tmp_path / 'figures.json').read_text())
+    assert (found['chip'], found['own_compiler']) == ('v5e', False)
+    one = found['devices']['1']
+    assert one['fits'] and one['collectives'] == {} and one['peak_bytes'] > one['parameters'] == 4 * run.derived.num_params
+    assert one['hours'] == pytest.approx(6 * run.derived.num_params * 640 / (0.4 * 197e12) / 3600)  # 640 examples
+
+
+GPU_TEXT = '''  %all-gather-start = ((f32[8,4]{1,0}, f32[2]{0}), (f32[32,4]{1,0}, f32[8]{0})) all-gather-start(%a, %b), channel_id=1
+  %all-gather-done = (f32[32,4]{1,0}, f32[8]{0}) all-gather-done(%all-gather-start)
+  %all-reduce-start = f32[]{:T(128)} all-reduce-start(%c), channel_id=2, to_apply=%add
+  ROOT %reduce-scatter.1 = bf16[1,16]{1,0:T(8,128)(2,1)} reduce-scatter(%d), channel_id=3, replica_groups={{0,1}}
+  %reduce-scatter.2 = bf16[1,16]{1,0:T(8,128)(2,1)} reduce-scatter(%d), channel_id=3, replica_groups={{0,1}}'''
+
+
+def test_bytes_of_collectives_are_those_of_their_results():
+    """A TPU's program repeats the third one in each of its asynchronous parts."""
+    assert chips.collectives(GPU_TEXT) == [('all-gather', [32, 4], 512), ('all-gather', [8], 32), ('all-reduce', [], 4),
+                                           ('reduce-scatter', [1, 16], 32)]

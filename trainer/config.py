@@ -120,6 +120,8 @@ class Config:
     watch: str | None
     stop_above: Float | None
     dry_run: bool
+    dry_run_chip: Literal['v5e', 'v5p', 'v6e', 'a100', 'h100'] | None
+    dry_run_json: str | None
     num_processes: Int | None
     process_id: Int | None
     coordinator: str | None
@@ -133,7 +135,7 @@ class Config:
 
 # Keys that say where and how a run is recorded. They do not change what it computes.
 BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'watch', 'stop_above', 'wandb_mode', 'wandb_project', 'wandb_tag', 'dry_run',
-               'num_processes', 'process_id', 'coordinator')
+               'dry_run_chip', 'dry_run_json', 'num_processes', 'process_id', 'coordinator')
 
 # Keys that older runs do not have, with the value that those runs were trained at. At this value a key is left out of a run's
 # identity, so that names of runs, and therefore their folders, stay what they were before the key was added.
@@ -359,8 +361,6 @@ def _check_expected(run, expected):
             advice = 'leave it out' if dotted.startswith('derived.') else f'set {dotted}'
             raise ConfigError(f'{key}={value} cannot be set: {dotted} is {found} here; {advice}')
 
-
-# What is recorded
 
 def settings(run, seed) -> dict:
     """The configuration of one seed as config.yaml and W&B hold it: nested dicts, with the derived values and the run's name."""

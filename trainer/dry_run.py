@@ -1,14 +1,17 @@
-"""The cost of a run from its compiled programs, which are not executed: FLOPs, bytes on each device, hours on common chips.
+"""The cost of a run from its compiled programs, which are not executed: memory, FLOPs, bytes, collectives and hours.
 
-    python train.py -cn chess model.D=2048 scale=855499.217040 exponent=2.026780 model.fsdp_enabled=true dry_run=true
+    python train.py -cn chess model.D=2048 scale=855499.217040 exponent=2.026780 dry_run=true dry_run_chip=v5e
 
-XLA compiles for this machine's platform. On a CPU, which stands in for eight devices, the bytes of parameters and moments are those
-of any chip. Temporaries are not, since each chip's compiler chooses its own.
+The compiler is that of the chip, if its package is installed (pip install '.[chips]'), otherwise that of this machine, which stands
+in for eight devices. Then the bytes of parameters and moments are those of any chip. Temporaries are not, since each chip's
+compiler chooses its own.
 """
 import dataclasses
+import json
+import re
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +20,19 @@ from tqdm import tqdm
 
 import data
 import optimizer
-from trainer import programs
+from token_files.atomic import atomic_write
+from trainer import chips, programs
 
+ROW = '{:>8}{:>12}{:>10}{:>13}{:>26}{:>9}{:>9}  {}'
+COLUMNS = ('parameters', 'moments', 'other', 'temporary', 'sum', 'peak_bytes')
 UTILISATION = 0.4  # share of a chip's peak that is assumed for the hours
 
 
-class Chip(NamedTuple):
-    """Memory in bytes, and peak FLOP/s of dense matrix products by precision, from the makers' data sheets."""
-    memory: float
-    bfloat16: float     # float16 on the T4 and the V100
-    tensorfloat32: float
-    float32: float
-
-
-# TPUs multiply bfloat16; a product of float32 takes three or six such passes.
-CHIPS = {'T4': Chip(16e9, 65e12, 8.1e12, 8.1e12), 'V100': Chip(16e9, 125e12, 15.7e12, 15.7e12),
-         'A100 40 GB': Chip(40e9, 312e12, 156e12, 19.5e12), 'H100 80 GB': Chip(80e9, 989e12, 494e12, 67e12),
-         'TPU v5e': Chip(16e9, 197e12, 197e12 / 3, 197e12 / 6)}
-
-
-def peak_flops(name, run) -> float:
-    """Peak FLOP/s of a chip at the precision of the run's matrix products (model.dtype, matmul_precision)."""
-    chip = CHIPS[name]
-    if run.model.dtype == 'bfloat16':
-        return chip.bfloat16
-    default = 'bfloat16' if name.startswith('TPU') else 'tensorfloat32'
-    return getattr(chip, run.matmul_precision or default)
+def prepare(run):
+    """Sets the devices of a dry run: those of a machine with accelerators, else eight of a CPU. Call it before JAX is used."""
+    jax.config.update('jax_num_cpu_devices', 8)
+    if run.dry_run_chip:
+        jax.config.update('jax_platforms', 'cpu')
 
 
 def open_stand_in(run) -> data.Task:
@@ -57,10 +47,13 @@ def open_stand_in(run) -> data.Task:
         return data.open_task(dataclasses.replace(run, ds_path=folder), run.all_seeds)
 
 
+@mock.patch('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)  # asked of a library that is not here
 def measure(run, task, devices) -> dict:
-    """Bytes on each of these devices, by what holds them, and XLA's count of a training step's FLOPs on each device.
+    """What the training step and the evaluation need on each of these devices.
 
-    'temporary' is the larger of a training step's and an evaluation's; 'sum' is all of it.
+    Bytes by what holds them: 'temporary' is the larger of a training step's and an evaluation's, 'sum' is all of it, and
+    'peak_bytes' the most in use at once. 'flops', 'bytes' to and from memory, and the bytes of 'collectives' by kind, are a
+    training step's. If a compiler refuses a program for its size, there are the first three and 'peak_bytes', what it asked for.
     """
     test = jax.tree.map(lambda a: jax.ShapeDtypeStruct((run.derived.num_test_batches, *a.shape[1:]), a.dtype), task.test)
     program = programs.build(run, task._replace(test=test), devices)
@@ -69,49 +62,92 @@ def measure(run, task, devices) -> dict:
     def placed(tree, sharding):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
-    test, raw = placed(test, program.test_sharding), placed(task.block(0), program.raw_sharding)
-    init = program.init.lower(keys, test)
-    state = jax.tree.map(placed, init.out_info, program.state_shardings)
-    lr_scales, peak_lrs = np.zeros(task.block_steps, np.float32), optimizer.peak_lrs(run)
-    train = program.train.lower(state, peak_lrs, raw, lr_scales, np.int32(0), np.int32(1)).compile()
-    evaluate = program.evaluate.lower(state, peak_lrs, test).compile()
-
     def held(tree):
         return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
-    parameters, moments = held(state.params), held(state.moments)
-    other = held(state) - parameters - moments + held(test) + 2 * held(raw)  # a second block of data is read ahead
-    temporary = max(a.temp_size_in_bytes for a in (train.memory_analysis(), evaluate.memory_analysis()))
-    return {'parameters': parameters, 'moments': moments, 'other': other, 'temporary': temporary,
-            'sum': parameters + moments + other + temporary, 'step_flops': train.cost_analysis()['flops'],
-            'arguments': train.memory_analysis().argument_size_in_bytes}
+    test, raw = placed(test, program.test_sharding), placed(task.block(0), program.raw_sharding)
+    state = jax.tree.map(placed, program.init.lower(keys, test).out_info, program.state_shardings)
+    lr_scales, peak_lrs = np.zeros(task.block_steps, np.float32), optimizer.peak_lrs(run)
+    train = program.train.lower(state, peak_lrs, raw, lr_scales, np.int32(0), np.int32(1))
+    evaluate = program.evaluate.lower(state, peak_lrs, test)
+    found = {'parameters': held(state.params), 'moments': held(state.moments)}
+    found['other'] = held(state) - sum(found.values()) + held(test) + 2 * held(raw)  # a second block of data is read ahead
+    try:
+        train, evaluate = train.compile(), evaluate.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (asked := re.search(r'Used ([\d.]+)([GM]) of', str(error))) is None:
+            raise
+        return found | {'peak_bytes': float(asked[1]) * 2**{'G': 30, 'M': 20}[asked[2]]}
+    memory = [train.memory_analysis(), evaluate.memory_analysis()]
+    besides = [held(test) + held(raw), 2 * held(raw)]  # what each program is not given stays where it is
+    found['temporary'] = max(m.temp_size_in_bytes for m in memory)
+    collectives = {}
+    for kind, _, size in chips.collectives(train.as_text()):
+        collectives[kind] = collectives.get(kind, 0) + size
+    return found | {'sum': sum(found.values()), 'arguments': memory[0].argument_size_in_bytes, **chips.costs(train),
+                    'peak_bytes': max(max(m.peak_memory_in_bytes, m.argument_size_in_bytes) + size
+                                      for m, size in zip(memory, besides, strict=True)),
+                    'collectives': collectives, 'programs': (train, evaluate)}
+
+
+def step_flops(run) -> float:
+    """FLOPs of the matrix products and the attention of a step, all seeds together."""
+    return run.derived.flops_per_token * run.derived.tokens_per_step * len(run.all_seeds)
+
+
+def estimate(run, name, found, n, exact) -> dict:
+    """Whether a run fits on n chips, from what `measure` found, and its hours. exact: the chip's own compiler was asked.
+
+    bound is the share of the chip's peak that a training step can reach at most, given its FLOPs and bytes (the roofline). The
+    hours of training, without evaluations, are those at UTILISATION of the peak, or at the bound where that is lower.
+    """
+    chip, peak, flops, bound = chips.CHIPS[name], chips.peak_flops(name, run), step_flops(run) / n, None
+    if exact and 'sum' in found:  # XLA counts a loop over the pieces of a batch once
+        seconds = run.derived.microbatches * max(found['flops'] / peak, found['bytes'] / chip['bandwidth'])
+        bound = min(1.0, flops / peak / seconds)
+    return {'fits': 'sum' in found and found['peak_bytes' if exact else 'sum'] <= chip['memory'], 'bound': bound,
+            'hours': flops * run.derived.steps / (min(UTILISATION, bound or 1) * peak) / 3600}
 
 
 def report(run) -> str:
-    """The report on a run, as text."""
+    """The report on a run, as text. Writes run.dry_run_json, if given: bytes, a step's FLOPs on each device, hours."""
     jax.config.update('jax_default_matmul_precision', run.matmul_precision)
-    task, derived = open_stand_in(run), run.derived
-    pieces = derived.microbatches
-    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= jax.device_count() and run.opt.B // pieces % n == 0]
-    found = {n: measure(run, task, jax.devices()[:n])
+    task, chip, pieces = open_stand_in(run), run.dry_run_chip, run.derived.microbatches
+    own = chips.devices(chip) if chip else None
+    devices, exact = own or jax.devices(), own is not None
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= len(devices) and run.opt.B // pieces % n == 0]
+    found = {n: measure(run, task, list(devices[:n]))
              for n in tqdm(counts, desc=f'compiling for {", ".join(map(str, counts))} devices', leave=False)}
-    lines = [f'compiled for {jax.devices()[0].platform}; temporaries differ on other platforms',
+    estimates = {name: {n: estimate(run, name, m, n, exact) for n, m in found.items()}
+                 for name in ([chip] if chip else chips.CHIPS)}
+    attention = programs.attention_of(run, devices[0])
+    if run.dry_run_json:
+        figures = {n: {k: v for k, v in m.items() if k != 'programs'} | estimates.get(chip, {}).get(n, {})
+                   for n, m in found.items()}
+        atomic_write(run.dry_run_json, json.dumps({'chip': chip, 'compiled_for': devices[0].device_kind, 'own_compiler': exact,
+                                                   'attention': attention, 'devices': figures}, indent=2) + '\n')
+    stand_in = f"; these figures are a stand-in's: {chips.missing(chip)}" if chip and not exact else ''
+    lines = [f'compiled for {chips.CHIPS[chip]["label"]} by its own compiler' if exact else
+             f'compiled for {devices[0].platform}; temporaries differ on other platforms{stand_in}',
+             f'attention: {attention or "none"}',
              'GB on each device: parameters and moments ' + ('sharded (model.fsdp_enabled)' if run.model.fsdp_enabled else
                                                              'whole on each (model.fsdp_enabled=true shards them)'),
-             f'{"devices":>8}{"parameters":>12}{"moments":>10}{"data, probe":>13}{"activations, temporaries":>26}{"sum":>9}']
+             ROW.format('devices', 'parameters', 'moments', 'data, probe', 'activations, temporaries', 'sum', 'peak',
+                        'collectives')]
     for n, m in found.items():
-        lines.append(f'{n:>8}{m["parameters"] / 1e9:>12.3f}{m["moments"] / 1e9:>10.3f}{m["other"] / 1e9:>13.3f}'
-                     f'{m["temporary"] / 1e9:>26.3f}{m["sum"] / 1e9:>9.3f}')
-    flops = derived.flops_per_token * derived.tokens_per_step * len(run.all_seeds)
-    of_a_piece = ', for one of its pieces' if pieces > 1 else ''
-    lines += [f'FLOPs of a step: {flops:.3e} in matrix products and attention; XLA counts {found[1]["step_flops"]:.3e}, with '
-              f'elementwise work{of_a_piece}',
-              f"hours of training, without evaluations, at {UTILISATION:.0%} of a chip's peak (assumed):"]
-    for name, chip in CHIPS.items():
-        fits = [n for n, m in found.items() if m['sum'] <= chip.memory]
-        hours = flops * derived.steps / (UTILISATION * peak_flops(name, run)) / 3600
-        lines.append(f'  {name:<11} ' + (
-            f'fits on {fits[0]}: {hours / fits[0]:.3g} h; {hours / max(found):.3g} h on {max(found)}' if fits else
-            f'does not fit in {chip.memory / 1e9:.0f} GB on up to {max(found)}; shard (model.fsdp_enabled=true), use '
-            'smaller pieces (opt.B_max), or recompute (model.remat=true)'))
+        sizes = (f'{m[k] / 1e9:.3f}' if k in m else '' for k in COLUMNS)
+        lines.append(ROW.format(n, *sizes, ', '.join(f'{k} {v / 1e9:.3f}' for k, v in m.get('collectives', {}).items())))
+    counted = ', '.join(f'{m["flops"]:.3e}' for m in found.values() if 'sum' in m)
+    lines += [f'FLOPs of a step: {step_flops(run):.3e} in matrix products and attention; XLA counts {counted or "none"} on each '
+              f'device, with elementwise work{", for one of its pieces" if pieces > 1 else ""}',
+              f"hours of training, without evaluations, at {UTILISATION:.0%} of a chip's peak (assumed)"
+              f'{", or at the bound of its memory bandwidth if that is lower" if exact else ""}:']
+    for name, by_count in estimates.items():
+        fits, last = [n for n, e in by_count.items() if e['fits']], max(by_count)
+        hours = [f'{by_count[n]["hours"]:.3g} h' + (f' (at most {by_count[n]["bound"]:.0%} of peak)' if exact else '') + f' on {n}'
+                 for n in (fits[1:] if exact else [last])]
+        lines.append(f'  {chips.CHIPS[name]["label"]:<11} ' + (
+            '; '.join([f'fits on {fits[0]}: {by_count[fits[0]]["hours"]:.3g} h', *hours]) if fits else
+            f'does not fit in {chips.CHIPS[name]["memory"] / 1e9:.0f} GB on up to {last}; shard (model.fsdp_enabled=true), use '
+            'smaller pieces (opt.B_max), compute in bfloat16 (model.dtype), or recompute (model.remat=true)'))
     return '\n'.join(lines)

@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     transform: Any   # optax.GradientTransformation
     in_turn: bool    # the seeds are taken one after the other
     probe_rows: int  # sequences of the first test batch whose features and logits are compared between evaluations
+    probe_spec: Any  # PartitionSpec of these: they are split over the devices if their number divides them
 
 
 class Programs(NamedTuple):
@@ -65,7 +66,7 @@ def build(run, task, devices=None) -> Programs:
     init = over_seeds(partial(initial_state, problem), key=0, test=None)
     keys = jax.random.split(jax.random.key(0), len(run.all_seeds))
     state = jax.eval_shape(init, keys, task.test)
-    specs = jax.tree.map(lambda leaf: storage(run, mesh, leaf.shape[1:]), state)._replace(probe=(probe_spec(problem),) * 2)
+    specs = jax.tree.map(lambda leaf: storage(run, mesh, leaf.shape[1:]), state)._replace(probe=(problem.probe_spec,) * 2)
     state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec(None, *spec)), specs)
     options = distributed.compiler_options(devices)
     return Programs(
@@ -83,13 +84,20 @@ def make_problem(run, task, mesh) -> Problem:
     attention = attention_of(run, mesh.devices.flat[0])
     graphdef, _, _ = models.structure(run.arch, run.model, **({'attention': attention} if attention else {}))
     entries = len(run.all_seeds) * run.model.L * (run.model.D + run.model.V)  # float32 numbers of features and logits a sequence
-    rows = min(run.opt.B // run.derived.microbatches, PROBE_BYTES // (4 * entries))
-    return Problem(run, task, mesh, graphdef, optimizer.transformation(run), seeds_in_turn(run, mesh.devices.flat), max(1, rows))
+    rows = max(1, min(run.opt.B // run.derived.microbatches, PROBE_BYTES // (4 * entries)))
+    spec = PartitionSpec('data' if rows % mesh.size == 0 else None)
+    return Problem(run, task, mesh, graphdef, optimizer.transformation(run), seeds_in_turn(run, mesh.devices.flat), rows, spec)
 
 
 def attention_of(run, device) -> str | None:
     """The implementation of the attention of a run on this kind of device (model.attention_for); None for an MLP."""
     return None if run.arch == 'mlp' else models.attention_for(run.model, device)
+
+
+def describe(run, devices) -> str:
+    """A line for the user: the devices of a run, and how they are used."""
+    attention = attention_of(run, devices[0])
+    return f'training on {len(devices)} × {devices[0].device_kind}' + (f', attention: {attention}' if attention else '')
 
 
 # Sharding
@@ -116,11 +124,6 @@ def scatter(problem, gradient):
         g, NamedSharding(problem.mesh, storage(problem.run, problem.mesh, g.shape))), gradient)
 
 
-def probe_spec(problem) -> PartitionSpec:
-    """The sequences of the probe are split over the devices if their number divides them."""
-    return PartitionSpec('data' if problem.probe_rows % problem.mesh.size == 0 else None)
-
-
 def over_seeds(function, in_turn=False, **axes):
     """The function over all seeds: a named argument has a seed axis in front (0) or is shared (None).
 
@@ -139,10 +142,14 @@ def over_seeds(function, in_turn=False, **axes):
 
 
 def seeds_in_turn(run, devices) -> bool:
-    """Whether a CPU takes the seeds one after the other: one seed's features [rows, D] alone fill the cache of a core.
+    """Whether the seeds are taken one after the other.
 
-    Five seeds of an MLP at D = 128 and B = 4096 on two cores are then 15% faster, and 15% slower at B = 1024.
+    On several GPUs with cuDNN's attention, which joins the seeds to the batch: the batch would have to be gathered. On a CPU where
+    one seed's features [rows, D] alone fill the cache of a core. Five seeds of an MLP at D = 128 and B = 4096 on two cores are
+    then 15% faster, and 15% slower at B = 1024.
     """
+    if len(devices) > 1 and attention_of(run, devices[0]) == 'cudnn':
+        return True
     rows = run.opt.B // run.derived.microbatches * run.model.L // len(devices)
     return devices[0].platform == 'cpu' and 4 * rows * run.model.D >= CACHE_BYTES
 
@@ -185,7 +192,7 @@ def batch_gradient(problem, params, batch):
 
 def probe(problem, params, test):
     """Features and logits, float32, of the first rows of the first test batch."""
-    rows = jax.lax.with_sharding_constraint(test.x[0, :problem.probe_rows], NamedSharding(problem.mesh, probe_spec(problem)))
+    rows = jax.lax.with_sharding_constraint(test.x[0, :problem.probe_rows], NamedSharding(problem.mesh, problem.probe_spec))
     f, h = nnx.merge(problem.graphdef, params)(rows)
     return h.astype(jnp.float32), f
 

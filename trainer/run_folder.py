@@ -20,7 +20,7 @@ import yaml
 
 from token_files import files as token_files
 from token_files.atomic import atomic_write
-from trainer import config, distributed
+from trainer import config, distributed, programs
 from trainer.checkpoint import Checkpoints
 from trainer.process import warn
 from trainer.wandb_logger import WandbLogger, agent_environment
@@ -53,7 +53,7 @@ class RunFolder:
             return
         make_folder(self.folder)
         self.write_summary('running')
-        origin = environment()
+        origin = environment() | {'attention': programs.attention_of(run, jax.devices()[0])}
         settings = {**config.settings(run, seed), 'data': data_files(run), 'environment': origin}
         atomic_write(self.folder / 'config.yaml', yaml.safe_dump(settings, sort_keys=False))
         for path in self.folder.glob('checkpoints/*'):  # removed before the rows that lead up to them
