@@ -1,10 +1,11 @@
 # The project's commands. `make help` lists them. Each one sets up .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin/python
+CHIP_COMPILERS := 'libtpu==0.0.42.*' jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2  # as in pyproject.toml
 NOTEBOOKS := figures/*.ipynb  # make figures NOTEBOOKS=figures/collapse.ipynb runs one
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo reproduce test lint bench bench-compare bench-growth figures games images measure-prepare lock clean
+.PHONY: help setup demo reproduce test test-chips lint bench bench-chip bench-compare bench-growth figures games images measure-prepare lock clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +32,22 @@ reproduce: .venv/complete ## train every laptop experiment (hours on 2 cores; re
 test: .venv/complete ## run the tests
 	$(RUN) -m pytest --numprocesses auto --dist loadfile
 
+test-chips: .venv/complete .chips/complete ## compile for a TPU and an H100 without having them, and check the programs (3 minutes)
+	PYTHONPATH=.chips JAX_PLATFORMS=cpu $(RUN) -m pytest --numprocesses 0 tests/test_chips.py
+
+.chips/complete: pyproject.toml
+	@echo "Downloading the compilers of TPUs and NVIDIA GPUs into .chips (400 MB)"
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .chips $(CHIP_COMPILERS)
+	@touch $@
+
 lint: .venv/complete ## check the style
 	.venv/bin/ruff check .
 
 bench: .venv/complete ## measure the training step against this machine's matmul rate (20 minutes): benchmarks/bench.json
 	$(RUN) -m benchmarks.run --json benchmarks/bench.json
+
+bench-chip: .venv/complete ## on a machine with GPUs or TPUs: shares of their peak, make bench-chip CHIP=h100
+	$(RUN) -m benchmarks.chip $(CHIP) --json benchmarks/chip_$(CHIP).json
 
 bench-compare: .venv/complete ## the same beside another revision: make bench-compare REV=HEAD~1
 	$(RUN) -m benchmarks.compare $(REV)
@@ -64,4 +76,4 @@ lock: ## refresh requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --python-version 3.11 --universal --upgrade --no-header --no-emit-index-url -o requirements.lock
 
 clean: ## remove .venv and caches (never runs/ or logs/)
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .chips .pytest_cache .ruff_cache

@@ -123,10 +123,10 @@ IMPLEMENTATIONS = ('pieces', 'xla', 'cudnn')  # of the attention
 
 
 def attention_for(cfg, device) -> str:
-    """The implementation of the attention that a device is given: 'pieces' of queries, 'xla' (JAX's plain call) or 'cudnn' (fused).
+    """One of IMPLEMENTATIONS for this device: 'pieces' of queries, 'xla' (JAX's plain call) or 'cudnn' (fused).
 
-    cuDNN has kernels for bfloat16 and heads of up to 128. Elsewhere a GPU or TPU materialises the scores [B, H, S, S]: with JAX's
-    call short sequences take less memory, with pieces of queries long ones. docs/performance.md has the compiled sizes.
+    cuDNN's kernels take bfloat16 and heads of up to 128. Otherwise a GPU or TPU needs less memory with JAX's call for short
+    sequences, and with pieces for long ones (docs/performance.md).
     """
     if device.platform == 'cpu':
         return 'pieces'

@@ -212,7 +212,7 @@ def run_config(cfg, overridden=frozenset()):
     process.enable_compilation_cache()
     run = config.resolve(cfg, data.vocab_size(cfg.ds_path, data_needed=not cfg.dry_run), overridden)
     if run.dry_run:
-        dry_run.prepare(run)
+        jax.config.update('jax_num_cpu_devices', 8)
     else:
         distributed.use_every_core()
         distributed.initialize(run.num_processes, run.process_id, run.coordinator,

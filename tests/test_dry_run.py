@@ -42,7 +42,7 @@ def test_peak_is_that_of_the_precision_in_use(small_mlp):
 
     assert peak('h100') == peak('h100', 'matmul_precision=tensorfloat32') < peak('h100', 'model.dtype=bfloat16')
     assert peak('v5e') == peak('v5e', 'model.dtype=bfloat16')  # a TPU multiplies bfloat16 by default
-    assert peak('v5e', 'matmul_precision=tensorfloat32') == peak('v5e') / 3  # three passes of bfloat16
+    assert peak('v5e', 'matmul_precision=tensorfloat32') == pytest.approx(peak('v5e') / 3, rel=1e-4)  # three passes of bfloat16
 
 
 def test_bytes_and_flops_of_three_seeds(small_mlp):

@@ -14,9 +14,6 @@ from jax._src.lib import xla_client  # nothing public counts the FLOPs and bytes
 from jax.experimental import topologies
 
 CHIPS = yaml.safe_load(Path(__file__).with_name('chips.yaml').read_text())
-for chip in CHIPS.values():
-    chip.setdefault('tensorfloat32', chip['bfloat16'] / 3)
-    chip.setdefault('float32', chip['bfloat16'] / 6)
 GPU = '''threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152
     block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 thread_dim_limit_x: 1024
     thread_dim_limit_y: 1024 thread_dim_limit_z: 64 registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -29,8 +26,8 @@ def is_tpu(name) -> bool:
 
 def peak_flops(name, run) -> float:
     """Peak FLOP/s of a chip at the precision of the run's matrix products (model.dtype, matmul_precision)."""
-    default = 'bfloat16' if is_tpu(name) or run.model.dtype == 'bfloat16' else 'tensorfloat32'
-    return CHIPS[name][default if run.model.dtype == 'bfloat16' else run.matmul_precision or default]
+    precision = 'bfloat16' if run.model.dtype == 'bfloat16' else run.matmul_precision
+    return CHIPS[name][precision or ('bfloat16' if is_tpu(name) else 'tensorfloat32')]
 
 
 def missing(name) -> str | None:

@@ -28,13 +28,6 @@ COLUMNS = ('parameters', 'moments', 'other', 'temporary', 'sum', 'peak_bytes')
 UTILISATION = 0.4  # share of a chip's peak that is assumed for the hours
 
 
-def prepare(run):
-    """Sets the devices of a dry run: those of a machine with accelerators, else eight of a CPU. Call it before JAX is used."""
-    jax.config.update('jax_num_cpu_devices', 8)
-    if run.dry_run_chip:
-        jax.config.update('jax_platforms', 'cpu')
-
-
 def open_stand_in(run) -> data.Task:
     """The run's task with a single test batch, over files of zeros if the data are not there."""
     run = dataclasses.replace(run, derived=dataclasses.replace(run.derived, num_test_batches=1))
@@ -112,6 +105,8 @@ def estimate(run, name, found, n, exact) -> dict:
 def report(run) -> str:
     """The report on a run, as text. Writes run.dry_run_json, if given: bytes, a step's FLOPs on each device, hours."""
     jax.config.update('jax_default_matmul_precision', run.matmul_precision)
+    if run.dry_run_chip:
+        jax.config.update('jax_platforms', 'cpu')  # libtpu is installed, and this machine has no TPU
     task, chip, pieces = open_stand_in(run), run.dry_run_chip, run.derived.microbatches
     own = chips.devices(chip) if chip else None
     devices, exact = own or jax.devices(), own is not None
