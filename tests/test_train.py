@@ -171,7 +171,7 @@ def test_evaluations_that_cost_more_than_training_are_announced_before_it(compos
     train.run_config(compose(*SMALL_MLP, 'num_evals=8', 'T_eval=256', f'run_dir={tmp_path}/costly'))
     told = capsys.readouterr().err
     warning = told.index('note: evaluations cost ')
-    assert warning < told.index('/20') and 'lower num_evals=8 or T_eval=256' in told.splitlines()[0]  # /20: the progress bar
+    assert warning < told.index('/20') and 'lower num_evals=8 or T_eval=256' in told.splitlines()[1]  # /20: the progress bar
     train.run_config(compose(*SMALL_MLP, 'num_evals=2', 'T_eval=32', f'run_dir={tmp_path}/cheap'))
     assert 'note:' not in capsys.readouterr().err
 
