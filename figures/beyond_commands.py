@@ -64,6 +64,9 @@ def _forecast_lines(result):
            commands.text(curve, '.5f', x='.2f'),
            'final loss of a compute-optimal model at multiples of the ladder\'s largest compute:',
            commands.text(final, '.5f', p='.6g')]
+    if check := result['calibration']:
+        out.append(f'check on the ladder itself: of {check["splits"]} models, each forecast from the smaller ones, the 90% bands '
+                   f'held {check["covered90"]:.0%} of the curves; mean error of the final loss {check["final"]:.2%} of L - L0')
     if error := result['error']:
         table = pd.DataFrame([{'': name, **row} for name, row in {'forecast': error, **error['baselines']}.items()])
         out += [f'error relative to L - L0 for x >= {forecasting.ERRORS_FROM_X} (L0 = {error["L0"]:.4g}, from the whole log):',

@@ -51,12 +51,13 @@ def law_points(rng, a=0.04, b=0.16, L0=0.0013, models=8, seeds=5, noise=3e-3):
                   [value * (1 + noise * rng.normal(size=seeds)) for value in loss])
 
 
-def random_ladder(rng, models=None, seeds=None, evals=60, drift=0.004):
+def random_ladder(rng, models=None, seeds=None, evals=60, drift=0.004, level=0.0):
     """(table, L0) of a ladder with a random law, noise and size.
 
     L - L0 = (A·t^(-α) + B·p^(-β))·(1 + c·η)·corrections, with t* ∝ p^γ and αγ = β, so that b = αγ/(1 + γ) is 0.07 to 0.27. The
     corrections to scaling vanish with growing p and t. ℓ changes by `drift` (relative, per unit of log compute and of log x). The
-    noise of a run has a constant part, a part correlated in log x and a white part; the seeds of a model share some of it.
+    noise of a run has a constant part, a part correlated in log x and a white part; the seeds of a model share some of it. All of a
+    model's L - L0 is too high by a normal variable with standard deviation `level` (relative).
     """
     models, seeds = models or rng.integers(4, 9), seeds or rng.integers(1, 6)
     alpha, gamma, step = rng.uniform(0.15, 0.5), rng.uniform(0.8, 1.2), rng.uniform(1.3, 2.2)
@@ -82,7 +83,7 @@ def random_ladder(rng, models=None, seeds=None, evals=60, drift=0.004):
 
     rows = []
     for m in range(models):
-        common = shared * factor @ rng.normal(size=len(x))
+        common = shared * factor @ rng.normal(size=len(x)) + (level and level * rng.normal())  # no draw without a level
         for seed in range(seeds):
             loss = L0 + (curve(m, x) - L0) * np.exp(common + factor @ rng.normal(size=len(x)))
             rows.append(pd.DataFrame({

@@ -24,9 +24,9 @@ def covariance_of(constant=0.0, correlated=0.0, white=0.0, tilt=0.0):
     return np.tensordot([constant, correlated, white], ladder_field.noise_correlations(X), 1) * np.outer(X, X) ** tilt
 
 
-def scales_of(field, L0=1.0, shared=0.1):
-    """Scales [1, 6] with that L0 and shared noise, and hardly any departure from a power law and a common curve."""
-    return np.array([[np.arcsin((L0 / field.least_loss) ** 0.25), 0.3, -7, -7, -9, np.log(shared)]])
+def scales_of(field, L0=1.0, shared=0.1, level=1e-4):
+    """Scales [1, 7] with that L0, level and shared noise, and hardly any departure from a power law and a common curve."""
+    return np.array([[np.arcsin((L0 / field.least_loss) ** 0.5), 0.3, -9, -9, -9, np.log(level), np.log(shared)]])
 
 
 @pytest.mark.parametrize('kappa', [0.05, 0.5, 1.0])
@@ -144,11 +144,33 @@ def test_importance_sampling_refuses_a_posterior_that_it_missed():
         importance_sampling.sample(likelihood, 6, np.random.default_rng(0), max_rounds=2)
 
 
-def test_scales_lie_within_their_bounds():
-    """Log-uniform priors: with a flat likelihood every scale fills its range evenly. 500 draws: quartiles to 0.06 of it."""
+def test_scales_have_their_priors():
+    """With a flat likelihood: two uniform scales, and standard deviations whose quartiles are tan(π/8), 1 and tan(3π/8) sizes.
+
+    500 draws know a quartile to 0.06 of the distribution.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder_field, 'log_likelihood', lambda _, scales: np.zeros(len(scales)))
         scales = ladder_field.sample_scales(None, np.random.default_rng(0))
-    low, high = ladder_field.SCALE_BOUNDS.T
-    quartiles = np.quantile((scales - low) / (high - low), [0.25, 0.5, 0.75], axis=0)
-    np.testing.assert_allclose(quartiles, np.outer([0.25, 0.5, 0.75], np.ones(6)), atol=0.06)
+    low, high = ladder_field.ANGLE_AND_KAPPA_BOUNDS.T
+    share = np.concatenate([(scales[:, :2] - low) / (high - low),
+                            2 / np.pi * np.arctan(np.exp(scales[:, 2:]) / ladder_field.SCALE_SIZES)], 1)
+    np.testing.assert_allclose(np.quantile(share, [0.25, 0.5, 0.75], axis=0), np.outer([0.25, 0.5, 0.75], np.ones(7)), atol=0.06)
+
+
+def test_the_level_of_a_model_is_unknown_until_its_curve_begins():
+    """A level of 3% widens the forecast of a larger model to at least 3%. One observed knot tells the level, and the end with it.
+
+    Control: with hardly any level the forecast is that much narrower. Another run of a model of the ladder shares its level.
+    """
+    ladder = ladder_of(np.random.default_rng(0), covariance_of(white=1e-8), models=6)
+    small, target = forecast.split(ladder, ladder.p[-1])
+    early = np.where(X <= 0.1, target.truth, np.nan)[None]
+
+    def final_sd(level, compute=target.compute, observed=None):
+        field = ladder_field.build_field(small, [compute], observed)
+        return ladder_field.condition(field, scales_of(field, level=level))[1][0, -1, -1] ** 0.5
+
+    assert final_sd(0.03) > 0.03 > 3 * final_sd(1e-4)
+    assert final_sd(0.03, observed=early) < 0.3 * final_sd(0.03)
+    assert final_sd(0.03, small.compute[-1]) < 0.03 / 10

@@ -4,9 +4,9 @@
     python -m figures forecast LOG --target each [--seen 0.3]            every larger model from every set of smaller ones
     python -m figures forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
 
-The statistical model is in ladder_field.py. This file has the targets, two baselines, and the errors of a forecast whose target is
-in the log. Errors are relative to the target's reducible loss L - L0. L0 is that of the scaling law through the whole log, target
-included, so that a forecast is not judged by its own L0.
+The statistical model is in ladder_field.py. This file has the targets, two baselines, the errors of a forecast whose target is in
+the log, and the check of a ladder on itself. Errors are relative to the target's reducible loss L - L0. L0 is that of the scaling
+law through the whole log, target included, so that a forecast is not judged by its own L0.
 """
 
 from typing import NamedTuple
@@ -22,6 +22,7 @@ ERRORS_FROM_X = 0.1                        # errors are taken over this x to 1
 BUDGET_MULTIPLES = (1, 2, 5, 10, 30, 100)  # of the largest compute of the ladder
 SAME_MODEL_TOLERANCE = 0.01                # a p this close to a model's is that model: printed counts have three digits or more
 MAX_COMPUTE_RATIO = 100                    # a target beyond this multiple of the ladder's largest compute gets a warning
+MIN_CALIBRATED = 0.7                       # and so does a ladder whose own curves are less often than this in the 90% bands
 
 
 class Target(NamedTuple):
@@ -154,16 +155,26 @@ def evaluate(x, band, curves, truth, L0, seen=0.0):
 
 def leave_out(table, seen_values=(0.0,), min_models=4):
     """A dict for every split of a log: the n smallest models, n >= min_models, forecast each larger one."""
-    ladder, rows = ladder_field.read_ladder(table, [x for x in seen_values if x]), []
-    L0 = scaling_law.fit(ladder.compute, ladder.mean[:, -1]).L0
-    for n in range(min_models, len(ladder.p)):
-        for p in ladder.p[n:]:
-            for seen in seen_values:
-                small, target = split(ladder, p, ladder.p[n - 1], seen)
-                band = bands(forecast(small, target).loss[:, 0])
-                errors = evaluate(ladder.grid, band, baselines(small, target.compute), target.truth, L0, seen)
-                rows.append({'models': n, 'p': p, 'times_compute': target.compute / small.compute[-1], 'seen': seen, **errors})
-    return rows
+    ladder = ladder_field.read_ladder(table, [x for x in seen_values if x])
+    M = len(ladder.p)
+    return [_judge_split(ladder, n, m, seen) for n in range(min_models, M) for m in range(n, M) for seen in seen_values]
+
+
+def _judge_split(ladder, n, m, seen):
+    """The errors of the forecast of model m from the n smallest models, as a dict."""
+    small, target = split(ladder, ladder.p[m], ladder.p[n - 1], seen)
+    band, L0 = bands(forecast(small, target).loss[:, 0]), scaling_law.fit(ladder.compute, ladder.mean[:, -1]).L0
+    return {'models': n, 'p': ladder.p[m], 'times_compute': target.compute / small.compute[-1], 'seen': seen,
+            **evaluate(ladder.grid, band, baselines(small, target.compute), target.truth, L0, seen)}
+
+
+def calibrate(ladder, seen=0.0):
+    """How the bands held on the ladder itself: each model from the fourth on is forecast from all smaller ones.
+
+    A dict of means over the `splits`: shares within the 90% bands and relative final error. None for three models.
+    """
+    rows = pd.DataFrame([_judge_split(ladder, n, n, seen) for n in range(3, len(ladder.p))])
+    return {'splits': len(rows), **rows[['covered90', 'final_covered90', 'final']].mean()} if len(rows) else None
 
 
 def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, schedule=None, pairs=None):
@@ -182,27 +193,29 @@ def analyse(table, wanted, max_width=None, seen=0.0, tokens=None, rate=None, sch
         variation = 'include' if np.isfinite(spread) else 'do not include, as there is one run only,'
         notes.append(f'the forecast is for the {schedule} schedule, from constant-rate curves; its bands {variation} the variation '
                      'of α over the runs of --pairs; the budgets are for the constant rate')
-    notes += _warnings(small, target, schedule)
-    band = bands(draws.loss[:, 0])
+    band, calibration = bands(draws.loss[:, 0]), calibrate(small, seen)
+    notes += _warnings(small, target, schedule, calibration)
     result = {'x': small.grid, **band, 'final': float(band['mean'][-1]),
               'final_90': [float(band['lo90'][-1]), float(band['hi90'][-1])], 'num_params': p, 'compute': target.compute,
               'tokens': target.compute / (6 * p), 'hours': target.compute / rate / 3600 if rate else None,
               'times_compute': target.compute / small.compute[-1], 'ladder': small.p, 'seen': seen, 'seeds': target.seeds,
               'L0': float(np.median(draws.L0)), 'L0_90': scaling_law.interval(draws.L0), 'budgets': budgets(small),
               'baselines': {name: {'final': float(curve[-1]), 'curve': curve} for name, curve in curves.items()},
-              'truth': target.truth, 'error': None}
+              'truth': target.truth, 'calibration': calibration, 'error': None}
     if target.truth is not None:
         L0 = scaling_law.fit(ladder.compute, ladder.mean[:, -1]).L0
         result['error'] = evaluate(small.grid, band, curves, target.truth, L0, seen)
     return result, notes
 
 
-def _warnings(ladder, target, schedule):
+def _warnings(ladder, target, schedule, calibration=None):
     """Notes on what the forecast of a target rests on."""
     notes, ratio, span = [], target.compute / ladder.compute[-1], ladder.compute[-1] / ladder.compute[0]
-    if ratio > min(span, MAX_COMPUTE_RATIO):
-        notes.append(f'the target has {ratio:.3g} times the compute of the largest model, and the ladder spans a factor of '
-                     f'{span:.3g}: do not trust the bands beyond the ladder\'s own span, or beyond a factor of {MAX_COMPUTE_RATIO}')
+    if ratio > min(span, MAX_COMPUTE_RATIO):  # beyond the ladder by more than its own range in log compute
+        notes.append(f'the target has {ratio:.3g} times the compute of the largest model, {np.log(ratio) / np.log(span):.2g} '
+                     f'times the ladder\'s own range in log compute: do not trust the bands beyond that or {MAX_COMPUTE_RATIO} ×')
+    if calibration and calibration['covered90'] < MIN_CALIBRATED:
+        notes.append(f'the 90% bands held {calibration["covered90"]:.0%} of the curves of the ladder itself: do not trust them')
     rule = optimal_compute(ladder, target.p)
     if not schedule and abs(target.compute / rule - 1) > 0.05:
         notes.append(f'the target\'s {target.compute:.4g} FLOPs are {target.compute / rule:.3g} times the horizon that the ladder '

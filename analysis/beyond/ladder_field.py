@@ -3,28 +3,28 @@
 A ladder is a family of models, each trained to its horizon C* FLOPs. Its curves are compared at equal normalised compute x = C/C*.
 Write u = log C* and let L0 be the irreducible loss. One run of a model is
 
-    z(x, u) = link(L) = g(x) - b·u + w(u) + d(x, u) + noise,     link(L) ≈ log(L - L0)
+    z(x, u) = link(L) = g(x) - b·u + w(u) + d(x, u) + level + noise,     link(L) ≈ log(L - L0)
 
 - link is log(L - L0), bent where a small model is still close to its loss before training (see `link`).
 - g is the normalised curve that all models share. It is free at every knot.
 - b is the exponent of the scaling law. Its prior is normal, from published laws (EXPONENT_PRIOR).
-- w is the departure of the final losses from a power law: an integrated random walk in u.
+- w is the smooth departure of the final losses from a power law: an integrated random walk in u.
 - d is the drift of the normalised curve with size. It vanishes at x = 1, where every curve is normalised. One part of it lasts: it
-  is smooth in log x and a trend plus a random walk in u. The other part is transient: it is rough and largest at small x.
+  is smooth in log x. The other is transient: rough and largest at small x. Both are smooth in u, plus a share of each model.
+- level is a model's own departure from the law, alike at all x, as models differ in tuning, batch and data order.
 - noise is the variation of one run. A run of the same model with another seed shares part of it, as both see the same batches.
 
-w and the transient part of d are corrections to scaling: the steps of their random walks shrink like C*^(-FADING_EXPONENT), as the
-paper finds that the curves approach a common limit. The lasting part of d is needed beside them: a wrong L0 also bends the curves
-smoothly, and every smooth drift would otherwise change the estimate of L0.
+What is smooth in u is a random walk. The lasting drift also has a trend in u. A wrong L0 bends the curves along a trend, too. So
+the prior of the trend decides how much their collapse says about L0, and its width is fixed (DRIFT_TREND).
 
-Given L0 and five other parameters, everything above is jointly Gaussian, so a forecast is a conditional distribution. Conditioning
-on the first part of the target's own curve is the same calculation with more data. The six parameters ("scales") are
+Given L0 and six other parameters, everything above is jointly Gaussian, so a forecast is a conditional distribution. Conditioning
+on the first part of the target's own curve is the same calculation with more data. The seven parameters ("scales") are
 
-    arcsin((L0/least loss)^(1/4)), kappa of the link, and the logarithms of four standard deviations:
-    w, lasting d, transient d, noise shared by seeds (relative to the noise of one seed)
+    arcsin((L0/least loss)^(1/2)), kappa of the link, and the logarithms of five standard deviations:
+    w, lasting d, transient d, level, noise shared by seeds (relative to the noise of one seed)
 
-with uniform priors within SCALE_BOUNDS. They are sampled from their posterior by importance_sampling.py. L0 is mostly determined by
-the whole curves and not by their ends: the differences L(x) - L(1) fall as C*^(-b) for every L0.
+The first two have uniform priors (for L0 it is Jeffreys' prior of a proportion). The standard deviations have half-Cauchy priors:
+among few models a log-uniform prior would make them vanish (Gelman 2006). importance_sampling.py samples the posterior.
 """
 
 from typing import NamedTuple
@@ -40,12 +40,15 @@ from analysis.table import LogError
 KNOTS = np.array([0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0])  # x of the model, dense where curves bend
 EXPONENT_PRIOR = 0.16, 0.07   # mean, sd of b: Hoffmann et al. 2022 find 0.15 in compute, Henighan et al. 2020 0.05 to 0.24
 CURVE_PRIOR_VARIANCE = 1.0    # of g about the ladder's mean curve: nothing is known before
-FADING_EXPONENT = 0.4         # a correction of 10% at C* is one of 4% at ten times C*
 # Length in log x over which a run's noise is correlated. From the differences between seeds of four ladders: within 1 nat of the
 # best of 14 kernels tried (Matérn 3/2 with 2.0), and 50 nats better than an exponential kernel with length 0.7.
 NOISE_CORRELATION_LENGTH = 1.5
-# Smallest and largest value of each scale, in the order above. w and d are per nat of compute (and of x).
-SCALE_BOUNDS = np.concatenate([[[0.0, 1.5], [0.02, 1.0]], np.log([[3e-4, 0.03], [1e-4, 0.2], [1e-5, 0.1], [0.1, 3.0]])])
+DRIFT_TREND = 0.003           # sd, per nat of compute and of x. With the law's L0: authors' MLPs 0.001, our transformers 0.02
+ANGLE_AND_KAPPA_BOUNDS = np.array([[0.0, 1.5], [0.02, 1.0]])
+# Medians of the half-Cauchy priors, in the order above; w and d are per nat of compute (and of x). Level: 104 language models
+# depart from one law by 0.8% of the loss in the median (Gadre et al. 2024, figure 5), so the sd is 1% of L and 2% of L - L0. The
+# others are near their posterior medians for the authors' ladders and ours.
+SCALE_SIZES = np.array([3e-3, 3e-3, 3e-4, 2e-2, 0.5])
 SINGLE_SEED_NOISE = np.array([4e-5, 4e-5, 2e-5, 0])  # used if no model has two seeds; only its shape counts, its size is sampled
 NOISE_L0 = np.arange(14) / 14   # L0 over the least loss, where the noise relative to L - L0 is fitted; in between interpolated
 MAX_PLATEAU_SHARE = 0.95      # (L - L0)/(initial loss - L0) is cut here: a larger share says only that nothing is learned yet
@@ -132,7 +135,7 @@ def fit_noise(ladder, L0):
 class Field(NamedTuple):
     """The Gaussian process at the knots of the M models of a ladder and, after them, of T targets.
 
-    N = (M + T)·K values, the knots varying fastest. The covariance is the sum of the ten `parts`, weighted by `_unpack`.
+    N = (M + T)·K values, the knots varying fastest. The covariance is the sum of the eleven `parts`, weighted by `_unpack`.
     """
     ladder: Ladder
     loss: np.ndarray           # [M + T, K] mean over a model's seeds; NaN where not observed
@@ -140,7 +143,7 @@ class Field(NamedTuple):
     u: np.ndarray              # [M + T] log C*, about the ladder's mean
     own_noise: np.ndarray      # [M + T] variance of a seed's own noise in the mean over seeds: 1/seeds, or 0 if all noise is shared
     noise: np.ndarray          # [14, 4] at L0 = NOISE_L0·least_loss, see fit_noise
-    parts: np.ndarray          # [10, N, N] of g and b, w, lasting d, transient d, a seed's own noise (3), shared noise (3)
+    parts: np.ndarray          # [11, N, N] of g, b and trend; w; lasting d; transient d; level; own noise (3); shared noise (3)
     observed: np.ndarray       # [n] indices of the observed values
 
 
@@ -165,33 +168,29 @@ def build_field(ladder, compute, losses=None, seeds=1):
 
 
 def _covariance_parts(u, x, own_noise):
-    """The parts [10, N, N] of the Field for models at u = log C*: each a covariance across models times one along the curve."""
-    t = np.linspace(u.min(), u.max(), 300)                                       # the random walks in 300 steps
-    step_variance = np.exp(-2 * FADING_EXPONENT * (t - np.median(u))) * (t[1] - t[0])
-    since = np.maximum(u[:, None] - t, 0)                                        # [M + T, 300]
-    integrated_walk = (since * step_variance) @ since.T
-    walk = ((since > 0) * step_variance) @ (since > 0).T
-    trend_and_walk = np.outer(u, u) + np.minimum.outer(u - u.min(), u - u.min())
-    same_size = np.isclose(u[:, None], u, rtol=0, atol=SAME_SIZE_TOLERANCE)
-
-    near, far = (extreme.outer(-np.log(x), -np.log(x)) for extreme in (np.minimum, np.maximum))
-    lasting = near * far + near ** 2 * (3 * far - near) / 6                      # a cubic smoothing spline in log x
-    transient = np.minimum.outer(1 / x ** 2 - 1, 1 / x ** 2 - 1)                 # Brownian motion in 1/x²: transients fall as 1/x
+    """The parts [11, N, N] of the Field for models at u = log C*: each a covariance across models times one along the curve."""
+    size, age = u - u.min(), -np.log(x)
+    walk, transient = (np.minimum.outer(t, t) for t in (size, 1 / x ** 2 - 1))   # Brownian motions; transients fall as 1/x
+    integrated_walk, curved = (np.minimum.outer(t, t) ** 2 * (3 * np.maximum.outer(t, t) - np.minimum.outer(t, t)) / 6
+                               for t in (size, age))
+    lasting = np.outer(age, age) + curved                                        # a cubic smoothing spline in log x
+    trend, same_size = np.outer(u, u), np.isclose(u[:, None], u, rtol=0, atol=SAME_SIZE_TOLERANCE)
     noise = noise_correlations(x)
     constant, _, white = noise
 
-    g_and_b = (np.kron(np.ones_like(walk), CURVE_PRIOR_VARIANCE * white)
-               + EXPONENT_PRIOR[1] ** 2 * np.kron(np.outer(u, u), constant))
-    return np.stack([g_and_b, np.kron(integrated_walk, constant), np.kron(trend_and_walk, lasting), np.kron(walk, transient),
+    g_b_and_trend = (np.kron(np.ones_like(walk), CURVE_PRIOR_VARIANCE * white)
+                     + np.kron(trend, EXPONENT_PRIOR[1] ** 2 * constant + DRIFT_TREND ** 2 * lasting))
+    return np.stack([g_b_and_trend, np.kron(integrated_walk, constant), np.kron(walk + same_size, lasting),
+                     np.kron(walk + same_size, transient), np.kron(same_size, constant),
                      *(np.kron(np.diag(own_noise), one) for one in noise), *(np.kron(same_size, one) for one in noise)])
 
 
 def _unpack(field, scales):
-    """L0 [H], kappa [H], weights of the parts [H, 10] and tilt of the noise [H] of scales [H, 6]."""
-    share = np.sin(scales[:, 0]) ** 4  # uniform in the angle: any L0 is possible, one close to 0 is rather likely
+    """L0 [H], kappa [H], weights of the parts [H, 11] and tilt of the noise [H] of scales [H, 7]."""
+    share = np.sin(scales[:, 0]) ** 2
     *own, tilt = (np.interp(share, NOISE_L0, one) for one in field.noise.T)
     own = np.stack(own, -1)
-    weights = np.concatenate([np.ones((len(share), 1)), np.exp(2 * scales[:, 2:5]), own, np.exp(2 * scales[:, 5:]) * own], 1)
+    weights = np.concatenate([np.ones((len(share), 1)), np.exp(2 * scales[:, 2:6]), own, np.exp(2 * scales[:, 6:]) * own], 1)
     return share * field.least_loss, scales[:, 1], weights, tilt
 
 
@@ -218,12 +217,12 @@ def _covariance(field, weights, noise_factor, rows, columns):
     """[H, rows, columns] covariance between the values at these indices."""
     parts = field.parts[:, rows[:, None], columns]
     # einsum and not @: a matrix product of this shape starts threads that cost more time than they save
-    signal, noise = (np.einsum('hj,jrc->hrc', weights[:, some], parts[some]) for some in (slice(4), slice(4, None)))
+    signal, noise = (np.einsum('hj,jrc->hrc', weights[:, some], parts[some]) for some in (slice(5), slice(5, None)))
     return signal + noise * noise_factor[:, rows, None] * noise_factor[:, None, columns]
 
 
 def log_likelihood(field, scales):
-    """Log density [H] of the observed losses given scales [H, 6], up to a constant."""
+    """Log density [H] of the observed losses given scales [H, 7], up to a constant."""
     L0, kappa, weights, tilt = _unpack(field, scales)
     value, _, jacobian, noise_factor = _transform(field, L0, kappa, tilt)
     n = len(field.observed)
@@ -237,17 +236,18 @@ def log_likelihood(field, scales):
 
 
 def sample_scales(field, rng, size=500):
-    """Draws [size, 6] of the scales from their posterior; some 3,000 evaluations of the likelihood. Raises LogError on failure."""
-    low, high = SCALE_BOUNDS.T
+    """Draws [size, 7] of the scales from their posterior; some 3,000 evaluations of the likelihood. Raises LogError on failure."""
+    low, high = ANGLE_AND_KAPPA_BOUNDS.T
 
-    def scales_of(z):  # ndtr turns a standard normal variable into a uniform one
-        return low + (high - low) * ndtr(z)
+    def scales_of(z):  # ndtr turns a standard normal variable into a uniform one; the tangent makes that half-Cauchy
+        uniform = np.clip(ndtr(z), 1e-3, 1 - 1e-3)
+        return np.concatenate([low + (high - low) * uniform[:, :2], np.log(SCALE_SIZES * np.tan(np.pi / 2 * uniform[:, 2:]))], 1)
 
-    return scales_of(importance_sampling.sample(lambda z: log_likelihood(field, scales_of(z)), len(low), rng, size))
+    return scales_of(importance_sampling.sample(lambda z: log_likelihood(field, scales_of(z)), 7, rng, size))
 
 
 def condition(field, scales):
-    """Distribution of z = link(L) of the targets at the knots, given the observed losses and scales [H, 6].
+    """Distribution of z = link(L) of the targets at the knots, given the observed losses and scales [H, 7].
 
     Returns the mean [H, T·K] and the covariance [H, T·K, T·K], without the white noise of single evaluations.
     """
@@ -255,7 +255,7 @@ def condition(field, scales):
     value, centre, _, noise_factor = _transform(field, L0, kappa, tilt)
     M = len(field.ladder.p)
     targets = np.arange(M * len(field.ladder.x), field.loss.size)
-    smooth = weights * [1, 1, 1, 1, 1, 1, 0, 1, 1, 0]                                         # without white noise
+    smooth = weights * [1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 0]                                         # without white noise
     across = _covariance(field, smooth, noise_factor, targets, field.observed)
     observed = _covariance(field, weights, noise_factor, field.observed, field.observed)
     gain = np.linalg.solve(observed, np.swapaxes(across, 1, 2))                               # [H, n, T·K]
@@ -265,7 +265,7 @@ def condition(field, scales):
 
 
 def draw_curves(field, rng, scales, curves_per_scale=4):
-    """Posterior curves of the targets as Draws: several for each of scales [H, 6]."""
+    """Posterior curves of the targets as Draws: several for each of scales [H, 7]."""
     mean, covariance = (np.repeat(one, curves_per_scale, 0) for one in condition(field, scales))
     ladder, (L0, kappa, weights, tilt) = field.ladder, _unpack(field, np.repeat(scales, curves_per_scale, 0))
     factor = np.linalg.cholesky(covariance + 1e-10 * np.eye(covariance.shape[-1]))
@@ -280,7 +280,7 @@ def draw_curves(field, rng, scales, curves_per_scale=4):
                          for new, old in ((knots, grid), (grid, knots)))
     deviation = (z - mean_curve @ at_knots) @ at_grid                                         # [S, T, G]
 
-    white_variance = weights[:, 6:7] * field.own_noise[len(ladder.p):] + weights[:, 9:]       # [S, T] at x = 1
+    white_variance = weights[:, 7:8] * field.own_noise[len(ladder.p):] + weights[:, 10:]       # [S, T] at x = 1
     white_noise = np.sqrt(white_variance)[..., None] * ladder.grid ** tilt * rng.normal(size=deviation.shape)
     reducible = inverse_link(mean_curve + deviation, L0, ladder.initial_loss, kappa) * np.exp(white_noise)
     return Draws(L0[:, 0, 0], L0 + reducible)
@@ -289,7 +289,7 @@ def draw_curves(field, rng, scales, curves_per_scale=4):
 def posterior_curves(ladder, compute, observed=None, seeds=1, scales=None):
     """Draws for T targets at compute [T] FLOPs.
 
-    observed [T, K]: see build_field. scales [S, 6]: from sample_scales, to save the time of sampling.
+    observed [T, K]: see build_field. scales [S, 7]: from sample_scales, to save the time of sampling.
     """
     rng = np.random.default_rng(0)
     field = build_field(ladder, compute, observed, seeds)
