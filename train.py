@@ -170,7 +170,7 @@ class Session:
             self.close(i, 'stopped')
 
     def totals(self):
-        """Numbers of this session so far, for the summary."""
+        """Numbers of the training so far in this process, for the summary."""
         return {'steps': self.step, 'tokens': self.step * self.run.derived.tokens_per_step, **self.clock,
                 'wall_seconds': time.monotonic() - self.began, 'seeds_together': len(self.seeds)}
 

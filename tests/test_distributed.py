@@ -109,6 +109,11 @@ def test_wide_evaluation_on_two_devices_is_that_on_one():
     assert {k: two[k] for k in variances} == pytest.approx({k: one[k] for k in variances}, rel=1e-5)
 
 
+def test_a_compiler_option_that_this_jaxlib_does_not_know_is_left_out():
+    assert distributed.accepted('xla_cpu_no_such_option', 'x') == {}
+    assert distributed.accepted('xla_cpu_multi_thread_eigen', False) == {'xla_cpu_multi_thread_eigen': False}
+
+
 # Several processes
 
 def free_port():

@@ -11,7 +11,6 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,6 @@ def open_stand_in(run) -> data.Task:
         return data.open_task(dataclasses.replace(run, ds_path=folder), run.all_seeds)
 
 
-@mock.patch('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)  # asked of a library that is not here
 def measure(run, task, devices) -> dict:
     """What the training step and the evaluation need on each of these devices.
 
