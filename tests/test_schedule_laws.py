@@ -237,7 +237,6 @@ def test_anneals_of_larger_models_are_transferred_from_the_smallest():
     mae = pd.DataFrame(rows).pivot_table(index='law', columns='num_params', values='mae')
     mae, larger = mae.drop(columns=1e6), mae.loc['constant rate']
     assert (mae.loc['measured, transferred'] < 2e-5).all()          # exact up to the grid of L0, which has steps of 0.002
-    assert (mae.loc['noise law, transferred'] < 5e-4).all()         # the law is refitted
     assert (larger > 5e-3).all()                                    # what the anneal does on average
     del by_size[1e7]['const']
     with pytest.raises(LogError, match='schedule const of every model'):
@@ -258,7 +257,7 @@ def test_anneals_of_the_OLMo_ladder(published, tmp_path, capsys):
     mae = rows.pivot_table(index='law', columns='num_params', values='mae').iloc[:, 1:]
     assert (mae.loc['measured, transferred'] < 0.0033).all() and (mae.loc['measured, transferred'] > 0.001).all()
     for law in ('noise law', 'multi-power law, as published', 'multi-power law'):
-        assert (mae.loc[law] > 0.007).all() and (mae.loc[f'{law}, transferred'] < 0.0135).all()
+        assert (mae.loc[law] > 0.007).all()
     assert (mae.loc['constant rate'] > 0.035).all()
 
 

@@ -202,21 +202,15 @@ def at_share(curve, x):
     return np.interp(x, curve.step / curve.step[-1], curve.loss)
 
 
-def transfer(small, large, name, L0, fit=None):
+def transfer(small, large, name, L0):
     """Loss [n] of the curve `name` of a larger model, from its constant-rate curve and from a smaller model's curves {name: Curve}.
 
-    If both sizes follow one normalised curve under every schedule, (L - L0) / (L_const - L0) is the same at equal x, the share of
-    the constant-rate run's steps. It is measured on the smaller model, or predicted by `fit`, a law fitted to the smaller model.
-    That law gets the larger model's rates, with steps and peak rate rescaled to those of the smaller one.
+    It assumes that both sizes follow one normalised curve under every schedule. Then (L - L0) / (L_const - L0) is the same for both
+    at equal x, the share of the steps of the constant-rate run. The ratio is measured on the smaller model.
     """
-    one, const, end = large[name], small['const'], large['const'].step[-1]
-    x, small_x = one.step / end, small[name].step / const.step[-1]
-    if fit:
-        rates, steps = const.lr.max() / large['const'].lr.max(), const.step[-1] / end
-        loss = predict(fit, one._replace(lr=one.lr * rates, rate=one.rate * rates, edge=one.edge * steps * rates))
-        unchanged = at_share(const._replace(loss=predict(fit, const)), x)
-    else:
-        loss, unchanged = (np.interp(x, small_x, values) for values in (small[name].loss, at_share(const, small_x)))
+    const, end = small['const'], large['const'].step[-1]
+    x, small_x = large[name].step / end, small[name].step / const.step[-1]
+    loss, unchanged = (np.interp(x, small_x, values) for values in (small[name].loss, at_share(const, small_x)))
     return L0 + (at_share(large['const'], x) - L0) * (loss - L0) / (unchanged - L0)
 
 
@@ -231,15 +225,13 @@ def compare_sizes(by_size, names):
         raise LogError('a transfer needs runs with schedule const of every model')
     loss = np.array([at_share(by_size[one]['const'], x) for one in p])
     L0 = float(np.nan_to_num(collapse.best_L0(collapse.Curves(x, loss, np.arange(len(p)), np.array(p), p, None, None))[0]))
-    rows, small, small_fits = [], by_size[p[0]], None
+    rows, small = [], by_size[p[0]]
     for one in p:
-        curves, (fits, own, _) = by_size[one], compare(by_size[one], names)
-        rows += [{'num_params': one, **row} for row in own]
+        curves = by_size[one]
+        rows += [{'num_params': one, **row} for row in compare(curves, names)[1]]
         for name in [name for name in small if name in curves and name not in names]:
             found = {'constant rate': at_share(curves['const'], curves[name].step / curves['const'].step[-1])}
-            if small_fits:
+            if one > p[0]:
                 found['measured, transferred'] = transfer(small, curves, name, L0)
-                found |= {f'{fit.law.name}, transferred': transfer(small, curves, name, L0, fit) for fit in small_fits}
             rows += [{'num_params': one, 'curve': name, 'law': law, **errors(found[law], curves[name])} for law in found]
-        small_fits = small_fits or fits
     return rows, L0
