@@ -30,35 +30,16 @@ def loss(terms, t, p):
     return sum(a * t ** -mu * p ** -nu for mu, nu, a in zip(*terms, strict=True))
 
 
-def phase(alpha, beta):
-    """(name, η in p* ∝ c^η at compute c) of the phase of power-law random features with data exponents α, β."""
-    if alpha > 0.5:
-        if beta < 0.5:
-            return 'Ia', 1 / (2 * alpha + 1)
-        return ('II', beta / (alpha + beta)) if beta < alpha else ('III', 0.5)
-    if beta < 0.5:
-        return 'Ib', 0.5
-    if alpha > 1 - np.sqrt(0.5):
-        return 'IVa', 0.5
-    if alpha < 0.25:
-        return 'Ic', (1 - 2 * (alpha + beta)) / (2 * (alpha * (2 * beta - 3) - 2 * beta + 1))
-    return 'IVb', (alpha - beta) / (2 * alpha * beta + alpha - 2 * beta)
+def phase_two(alpha, beta):
+    """(Terms F0, Fpp and Fac with coefficients 1, γ* in t* ∝ p^γ*) of power-law random features with data exponents α and β.
 
-
-def data_exponent(alpha, beta):
-    """γ* in t* ∝ p^γ*. It is (1 - η)/η, from p ∝ c^η and t = c/(6p)."""
-    _, eta = phase(alpha, beta)
-    return (1 - eta) / eta
-
-
-def phase_terms(alpha, beta):
-    """The Terms F0, Fpp and Fac of the loss in phase II (α > ½, ½ <= β < α), with coefficients 1. ValueError in other phases."""
-    name, _ = phase(alpha, beta)
-    if name != 'II':
-        raise ValueError(f'alpha={alpha:g}, beta={beta:g} is phase {name}; the terms are those of phase II, with alpha > 1/2 and '
-                         '1/2 <= beta < alpha')
+    They hold in phase II of Paquette et al. (2024), for α > 1/2 and 1/2 <= β < α. Raises ValueError elsewhere.
+    """
+    if not 0.5 <= beta < alpha:
+        raise ValueError(f'alpha={alpha:g}, beta={beta:g} is not in phase II; wanted alpha > 1/2 and 1/2 <= beta < alpha')
     tail = 1 / (2 * alpha)
-    return Terms((0.0, 1 + beta / alpha - tail, 1 - tail), (2 * alpha, 0.0, 1.0), (1.0, 1.0, 1.0))
+    terms = Terms((0.0, 1 + beta / alpha - tail, 1 - tail), (2 * alpha, 0.0, 1.0), (1.0, 1.0, 1.0))
+    return terms, alpha / beta  # p* ∝ c^(β/(α + β)) at compute c, and t = c/(6p)
 
 
 def normalised(terms, gamma, p, x):

@@ -183,7 +183,7 @@ def joint(t, p, loss, fit):
 def power_law_grid(alpha=0.6, beta=0.52):
     """Exact power laws: the law, then the normalised curves at 0.9γ*, γ* and 1.1γ*; two terms above, phase II below (fig. 5b)."""
     rows = {'two terms': (power_laws.TWO_TERMS, 1.0),
-            f'phase II, α={alpha:g}, β={beta:g}': (power_laws.phase_terms(alpha, beta), power_laws.data_exponent(alpha, beta))}
+            f'phase II, α={alpha:g}, β={beta:g}': power_laws.phase_two(alpha, beta)}
     p, x = power_laws.MODELS, np.linspace(0.01, 1, 200)
     figure, axes = plt.subplots(2, 4, figsize=(10.5, 5.2))
     for axis in axes.flat:
