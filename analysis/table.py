@@ -67,20 +67,22 @@ def tidy(table):
     return table[known + [c for c in table.columns if c not in known]]
 
 
-def write_parquet(table, path, **origin):
-    """Write the table, with `origin` (source, tags, …) in the file's metadata.
+def write_whole(path, write):
+    """Write a file by write(temporary path), then give it its name, so that no reader sees a part of it. Folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.stem}.tmp{path.suffix}')  # its ending says in which format a figure is saved
+    write(temporary)
+    temporary.replace(path)
 
-    The file is written under a temporary name and renamed. The same table gives the same bytes.
-    """
+
+def write_parquet(table, path, **origin):
+    """Write the table, with `origin` (source, tags, …) in the file's metadata. The same table gives the same bytes."""
     import pyarrow
     import pyarrow.parquet as pq
-    path = Path(path)
     arrow = pyarrow.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata({METADATA_KEY: json.dumps(origin, sort_keys=True).encode()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + '.tmp')
-    pq.write_table(arrow, temporary, compression='zstd')
-    temporary.replace(path)
+    write_whole(path, lambda temporary: pq.write_table(arrow, temporary, compression='zstd'))
 
 
 def from_run(run, config, rows, summary):

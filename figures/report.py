@@ -166,10 +166,7 @@ def report(argv):
         'log': args.log, **{name: json.dumps(value) for name, value in json.loads(said).items() if value},
         'options': ' '.join([*(f'--where {one}' for one in args.where), f'--seeds-by {args.seeds_by}']),
         'versions': f'Python {platform.python_version()}, {packages}', 'date': date.today().isoformat()})
-    temporary = Path(f'{args.out}.tmp')
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text)
-    temporary.replace(args.out)
+    logs.write_whole(args.out, lambda temporary: temporary.write_text(text))
     lines = [f'{record["collapse"]["verdict"]}: {record["collapse"]["verdict_reason"]}',
              f'{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB']
     commands.finish(args, record, lines, [f'{part}: {reason}' for part, reason in record['missing'].items()] + notes + more)

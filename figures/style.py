@@ -1,12 +1,12 @@
 """The look of every figure: seaborn's white grid, plasma colours by log p, and a file that is written whole."""
 
-from pathlib import Path
-
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap, LogNorm
+
+from analysis.table import write_whole
 
 BLUE, ORANGE, _, RED, *_ = sns.color_palette('colorblind').as_hex()
 GREY = '0.4'
@@ -52,10 +52,6 @@ def plain_log(axis, digits=(1, 1.5, 2, 3, 5, 7), text='{x:.3g}'):
 
 def save(figure, path):
     """Write the figure to .png or .pdf, close it, and return it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.stem}.tmp{path.suffix}')
-    figure.savefig(temporary)
-    temporary.replace(path)
+    write_whole(path, figure.savefig)
     plt.close(figure)
     return figure

@@ -40,7 +40,7 @@ def test_from_folders(tmp_path):
     program('--runs', tmp_path / 'runs', '--tag', 'mine', '--out', out)
     assert out.read_bytes() == first                                            # saving again changes nothing
     table = logs.load(out)
-    assert len(table) == 22 and not list(tmp_path.glob('*.tmp')) and 'Buvar' not in table
+    assert len(table) == 22 and not list(tmp_path.glob('*.tmp*')) and 'Buvar' not in table
     assert (table['num_test_batches'] == 7).all()
     whole = logs.clean(logs.load(tmp_path / 'runs'))[0]
     np.testing.assert_array_equal(np.sort(table['test_loss']), np.sort(whole['test_loss']))
