@@ -280,7 +280,7 @@ def analyse(table, L0=None, ddof=0, draws=200):
     """
     here, points, notes = curves(table), scaling_law.optimal_points(table), []
     seeds, one_model = np.bincount(here.model), len(here.p) == 1
-    refits = profile = sensitivity = None
+    refits = profile = None
     law = scaling_law.fit(points.compute, points.loss, L0)
     if L0 is None:
         refits, origin = scaling_law.bootstrap(points, law)
@@ -300,9 +300,6 @@ def analyse(table, L0=None, ddof=0, draws=200):
     L0_ci = profile[0] if profile else interval(refits['L0']) if refits else None
     choices = [] if one_model else L0_choices(here, law.L0, L0_ci, ddof)
     notes += [conflict] if (conflict := L0_conflict(choices)) else []
-    if profile and seeds.min() > 1:
-        ends = [one for name in ('law_low', 'law', 'law_high') for one in choices if one['name'] == name]
-        sensitivity = {key: [one[key] for one in ends] for key in ('L0', 'supercollapse_from')}
     intervals = dict.fromkeys(('delta_ci', 'sigma_ci', 'supercollapse_from_ci', 'supercollapse_from_every_model_ci', 'never'))
     if seeds.min() > 1 and not one_model:
         floors = np.full(draws, L0) if L0 is not None else scaling_law.bootstrap(points, law, draws)[0]['L0']
@@ -315,7 +312,7 @@ def analyse(table, L0=None, ddof=0, draws=200):
         'delta_expected_final': spread(here, law.L0, ddof, by='expected').delta,
         'supercollapse_from': float(onset(here.x, found.delta, floor.mean(0))),
         'supercollapse_from_every_model': float(onset(here.x, found.delta, floor.min(0))),
-        **intervals, 'L0_sensitivity': sensitivity, 'L0_choices': choices, 'L0_conflict': conflict, **farthest(here, law.L0),
+        **intervals, 'L0_choices': choices, 'L0_conflict': conflict, **farthest(here, law.L0),
         'num_params': here.p, 'compute': points.compute, 'final_loss': points.loss,
         'ddof': ddof, 'seeds_per_model': seeds.tolist(), 'level': LEVEL,
     }

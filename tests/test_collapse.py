@@ -245,7 +245,7 @@ def test_command(tmp_path):
     result = json.loads(done.stdout)                                            # JSON, and nothing else
     assert {'fit', 'x', 'delta', 'sigma', 'supercollapse_from', 'supercollapse_from_ci', 'supercollapse_from_every_model',
             'ddof', 'seeds_per_model', 'duplicates_dropped', 'widths', 'verdict', 'verdict_reason', 'L0_choices',
-            'L0_conflict', 'L0_sensitivity'} <= set(result)
+            'L0_conflict'} <= set(result)
     assert [one['name'] for one in result['L0_choices']] == ['zero', 'law', 'best', 'law_low', 'law_high']
     assert {'a', 'b', 'L0', 'r2', 'a_ci', 'b_ci', 'L0_ci'} <= set(result['fit'])
     assert min(result['widths']) == 64 and (tmp_path / 'figure.png').stat().st_size > 10_000
