@@ -41,33 +41,51 @@ class Condition(NamedTuple):
 
 
 def conditions(table):
-    """[Condition] of one ladder (see collapse.ladder): tokens per parameter, schedule, warm-up, batch size, AdamW timescale."""
+    """[Condition] of one ladder (see collapse.ladder): tokens per parameter, schedule, warm-up, batch size, AdamW timescale.
+
+    Raises LogError for fewer than two models.
+    """
     horizon, model = scaling_law.horizon_of(collapse.ladder(table)), runs(table)['num_params']
     if model.nunique() < 2:
         raise LogError('the conditions of a collapse compare models, and the log has one')
     each = pd.DataFrame({run: of_run(rows, horizon[run]) for run, rows in table.groupby('run', sort=False)}).T
     distance = pd.Series(schedule_distance(*(each.pop(column) for column in ('x', 'rate')), each[WARM_UP]), each.index)
     values = each.astype(float).groupby(model).median().assign(**{SCHEDULE: distance.groupby(model).max()})
-    p, found = values.index.to_numpy(), []
-    log_p, log_t = np.log(p), np.log(p * values[TOKENS].to_numpy())
-    gamma = theilslopes(log_t, log_p)[0]  # a median over pairs: one model off the law hardly moves it
-    for name, (limit, change, lacks) in CONDITIONS.items():
-        own = values[name].to_numpy()
-        known, bound = ~np.isnan(own), np.log(limit) if limit > 1 else limit
-        size = log_t - gamma * log_p if name == TOKENS else np.log(own) if limit > 1 else own
-        middle = 0 if name == SCHEDULE else np.median(size[known]) if known.any() else np.nan
-        with np.errstate(invalid='ignore'):  # without weight decay, every timescale is infinite
-            off = np.where(size == middle, 0, size - middle)
-        spread = np.ptp([0, *off[known]]) if known.any() else np.nan
-        differs = spread > bound or name == TOKENS and not GAMMA[0] <= gamma <= GAMMA[1]
-        unknown = not known.all() or name == TOKENS and len(p) == 2 and np.ptp(np.log(own)) > bound
+    p = values.index.to_numpy()
+    # The exponent of t ∝ p^γ is a median over pairs of models, so that one model off the law hardly moves it.
+    gamma = theilslopes(np.log(p * values[TOKENS].to_numpy()), np.log(p))[0]
+    return [judge(name, p, values[name].to_numpy(), gamma) for name in CONDITIONS]
+
+
+def judge(name, p, values, gamma):
+    """The Condition `name` of a ladder, from its values [M] of the models with p [M] parameters. NaN is not known.
+
+    Tokens per parameter may grow with size. They are compared with the law t ∝ p^gamma of the ladder.
+    """
+    limit, change, lacks = CONDITIONS[name]
+    size, bound = (np.log(values), np.log(limit)) if limit > 1 else (values, limit)  # a limit above 1 is a factor
+    if name == TOKENS:
+        size = np.log(p * values) - gamma * np.log(p)
+    known = ~np.isnan(values)
+    middle = np.median(size[known]) if known.any() else np.nan
+    if name == SCHEDULE:  # its values are distances already
+        middle = 0
+    with np.errstate(invalid='ignore'):  # without weight decay, every timescale is infinite
+        off = np.where(size == middle, 0, size - middle)
+    spread = np.ptp([0, *off[known]]) if known.any() else np.nan
+
+    two_sizes = name == TOKENS and len(p) == 2 and np.ptp(np.log(values)) > bound  # two models are on a law of any exponent
+    if spread > bound or name == TOKENS and not GAMMA[0] <= gamma <= GAMMA[1]:
         odd = p[np.abs(off) > bound]
-        who = f'{", ".join(f"{one:.4g}" for one in odd)} parameters: ' if 0 < len(odd) < len(p) / 2 else ''
-        verdict = 'differs' if differs else 'unknown' if unknown else 'met'
-        advice = {'differs': who + change, 'unknown': f'the log lacks {lacks}', 'met': ''}[verdict]
-        law = f't ∝ p^{gamma:.3g}' + '; ' * bool(advice) if name == TOKENS else ''
-        found.append(Condition(name, verdict, p, own, float(np.exp(spread) if limit > 1 else spread), limit, law + advice))
-    return found
+        few = f'{", ".join(f"{one:.4g}" for one in odd)} parameters: ' if 0 < len(odd) < len(p) / 2 else ''
+        verdict, advice = 'differs', few + change
+    elif two_sizes or not known.all():
+        verdict, advice = 'unknown', f'the log lacks {lacks}'
+    else:
+        verdict, advice = 'met', ''
+    if name == TOKENS:
+        advice = '; '.join(filter(None, [f't ∝ p^{gamma:.3g}', advice]))
+    return Condition(name, verdict, p, values, float(np.exp(spread) if limit > 1 else spread), limit, advice)
 
 
 def of_run(rows, horizon):
@@ -101,8 +119,11 @@ def warm_up_of(x, rate):
 def schedule_distance(xs, rates, warm_ups):
     """[R] largest distance between ∫ rate dx of each run and that of the median schedule, in runs at the peak rate.
 
-    The integral hardly depends on where evaluations lie. It leaves out the warm-up, a condition of its own: that of all runs, as
-    a function of x, or its own, as a function of the share of what is left. The smaller distance counts.
+    xs and rates are R arrays, one entry an evaluation: shares of the run, and rates over the peak. warm_ups [R] are shares of the
+    run, or NaN. The distance is NaN if a run has fewer than ten evaluations. The integral hardly depends on where they lie.
+
+    The warm-up is a condition of its own and left out, in one of two ways: the longest of all runs from every run, or from each run
+    its own, with the rest stretched to one length. The way with the smaller distance counts.
     """
     if min(map(len, xs)) < 10:
         return np.nan
