@@ -29,6 +29,11 @@ class Map(NamedTuple):
     optional: set             # the columns that only presets ask for: a run may lack them
     window: float = None      # tokens, or below 1 a share of the run: test_loss is the training loss averaged over it
 
+    @property
+    def loss(self):
+        """The column whose values are the evaluations."""
+        return 'train_loss' if self.window else 'test_loss'
+
 
 def parse(arguments, window=None):
     """The Map of COLUMN=EXPRESSION, FILE.yaml and names of presets. Later ones replace earlier ones. Raises LogError."""
@@ -85,50 +90,77 @@ def value(column, expression, run, sources):
 
 
 def apply(how, run, history, config=None, summary=None):
-    """The table of one run: a row for each evaluation, with the columns of the Map `how`. Raises LogError.
+    """The table of one run: a row for each evaluation, with the columns of the Map `how` in the units of columns.py.
 
-    history: DataFrame; without `config` it is a file, whose other columns are kept. Tokens that are not mapped are step·B·L. Of a
-    column of the run, the last value counts.
+    history is a DataFrame with a row for each logged step; config and summary are those of a W&B run. Without a config the history
+    comes from a file, and its other columns are kept. Tokens that are not mapped are step·B·L. Raises MapError.
     """
-    flat = pd.json_normalize(config).iloc[0].to_dict() if config else {}
-    sources = {'config': flat, 'summary': summary or {}, 'history': history}
-    own = {old: new for old, new in ALIASES.items() if new not in history}
-    table, lacking = history.rename(columns=own).copy() if config is None else pd.DataFrame(index=history.index), {}
-    for column, expression in how.expressions.items():
-        try:
-            table[column] = value(column, expression, run, sources)
-            if column in RUN_COLUMNS and table[column].notna().any():
-                table[column] = table[column].dropna().iloc[-1]
-        except KeyError as error:
-            lacking[column] = error.args[0]
+    table, lacking = _mapped(how, run, history, config, summary)
     if not {'tokens', 'compute'} & set(table) and {'step', 'B'} <= set(table):
         table['tokens'] = table['step'] * table['B'] * table.get('L', 1)
-    for column in [column for column in table if str(column).startswith('loss.')][:1]:
-        table['test_loss'] = table.get('test_loss', table[column])
-    loss = 'train_loss' if how.window else 'test_loss'
-    axis = ['tokens'] if (how.window or 0) >= 1 or not {'tokens', 'compute', 'step'} & set(table) else []
-    wanted = [loss, *axis] + ['num_params'] * bool(how.expressions)
-    for column in [c for c in lacking if c not in how.optional] + [c for c in wanted if c not in table]:
-        name = column.removeprefix('test_')
-        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; give --map {name}=KEY{_hint(name, history)}'
-        smoothed = '; for the training loss add --smooth, e.g. 0.02' if column == 'test_loss' and 'train_loss' in table else ''
-        raise MapError(lacking.get(column, wanted) + smoothed)
-    if 'step' in table and table['step'].notna().all():
-        table.index = table['step']
-    for column in {'tokens', 'compute', 'lr', 'tau'} & set(table):  # the functions of the step, where the loss was logged at others
-        known = table[column].dropna().sort_index()
-        if 0 < len(known) < len(table):
-            table[column] = np.interp(table.index, known.index, known, np.nan, np.nan)
+    named = [column for column in table if str(column).startswith('loss.')]
+    if named and 'test_loss' not in table:
+        table['test_loss'] = table[named[0]]
+    _check_complete(how, run, table, lacking, history)
+    table = _interpolate(table)
     if 'tokens' in how.expressions and (table.get('tokens', 0) < 0).any():
         raise MapError(f'--map tokens={how.expressions["tokens"]}: run {run} has {table["tokens"].min():g}; give other keys')
     if 'lr' in table and 'peak_lr' not in table:
         table['peak_lr'] = table['lr'].max()
-    rows, axis = table[table[loss].notna()], next(column for column in ('tokens', 'compute', 'step') if column in table)
+    rows, axis = table[table[how.loss].notna()], next(column for column in ('tokens', 'compute', 'step') if column in table)
     if how.window:
         rows = smooth(rows, how.window)
     if len(rows) and table[axis].max() > 1.01 * rows[axis].max():  # diverged or not evaluated to its end: `clean` leaves it out
         rows = pd.concat([rows, table.iloc[[table[axis].argmax()]].assign(test_loss=np.nan)])
     return rows.assign(run=str(run)).reset_index(drop=True)
+
+
+def _mapped(how, run, history, config, summary):
+    """(table with a row for each logged step and the mapped columns, {column: why the run lacks it}).
+
+    A column of the run has its last value everywhere.
+    """
+    if config is None:
+        table = history.rename(columns={old: new for old, new in ALIASES.items() if new not in history}).copy()
+    else:
+        table = pd.DataFrame(index=history.index)
+    flat = pd.json_normalize(config).iloc[0].to_dict() if config else {}
+    sources, lacking = {'config': flat, 'summary': summary or {}, 'history': history}, {}
+    for column, expression in how.expressions.items():
+        try:
+            table[column] = value(column, expression, run, sources)
+        except KeyError as error:
+            lacking[column] = error.args[0]
+            continue
+        if column in RUN_COLUMNS and table[column].notna().any():
+            table[column] = table[column].dropna().iloc[-1]
+    return table, lacking
+
+
+def _check_complete(how, run, table, lacking, history):
+    """Raises MapError for the first column that the map asks for or the analysis needs, and the table does not have."""
+    needed = [how.loss]
+    if (how.window or 0) >= 1 or not {'tokens', 'compute', 'step'} & set(table):
+        needed.append('tokens')
+    if how.expressions:
+        needed.append('num_params')
+    asked = [column for column in lacking if column not in how.optional]
+    for column in asked + [column for column in needed if column not in table]:
+        name = column.removeprefix('test_')
+        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; give --map {name}=KEY{_hint(name, history)}'
+        smoothed = '; for the training loss add --smooth, e.g. 0.02' if column == 'test_loss' and 'train_loss' in table else ''
+        raise MapError(lacking.get(column, wanted) + smoothed)
+
+
+def _interpolate(table):
+    """The table, indexed by step, with tokens, compute, lr and tau also where they were logged at other steps than the loss."""
+    if 'step' in table and table['step'].notna().all():
+        table = table.set_index('step', drop=False)
+    for column in {'tokens', 'compute', 'lr', 'tau'} & set(table):
+        known = table[column].dropna().sort_index()
+        if 0 < len(known) < len(table):
+            table[column] = np.interp(table.index, known.index, known, np.nan, np.nan)
+    return table
 
 
 def smooth(rows, window):
