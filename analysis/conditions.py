@@ -35,8 +35,8 @@ class Condition(NamedTuple):
     verdict: str            # met | differs | unknown
     num_params: np.ndarray  # [M] the models, increasing
     values: np.ndarray      # [M] of each model; of the schedule, how far ∫ rate/peak dx is from that of the median schedule
-    spread: float           # largest over smallest value (tokens per parameter: after the law t ∝ p^γ), else largest difference
-    limit: float            # the largest spread that counts as equal
+    spread: float           # largest over smallest value, or their difference; of the tokens, after division by the law t ∝ p^γ
+    limit: float            # the largest spread that counts as equal: a factor if above 1, else a difference
     advice: str             # which models differ and what to change, or what the log lacks; of the tokens, also their law
 
 
@@ -100,13 +100,17 @@ def of_run(rows, horizon):
         timescale = 1 / np.float64(decay * tokens / batch)
     seen = rows[rows['lr'].notna()] if 'lr' in rows else rows[:0]
     x, rate = (seen['compute'] / horizon).to_numpy(), seen.get('lr', seen['compute']).to_numpy()
-    rate = rate / max([known['peak_lr'], *rate], key=np.nan_to_num)
+    rate = rate / max([known['peak_lr'], *rate], key=np.nan_to_num)  # evaluations may miss the peak, and the log may lack it
     warm_up = known['warmup_tokens'] / tokens if np.isfinite(known['warmup_tokens']) else warm_up_of(x, rate)
     return {TOKENS: tokens / known['num_params'], WARM_UP: warm_up, BATCH: batch, TIMESCALE: timescale, 'x': x, 'rate': rate}
 
 
 def warm_up_of(x, rate):
-    """Share of the run in which the rate rises from 0, in proportion from an evaluation within it, or between two close ones."""
+    """Share of the run in which the rate rises from 0 to its peak, from evaluations x [n] and rates [n] over the peak.
+
+    The rise is taken to be linear. One evaluation on it gives its end. Without one, its end is halfway between the two evaluations
+    around it, or NaN if they are farther apart than the limit of the condition.
+    """
     if not len(x):
         return np.nan
     top = int(np.argmax(rate >= 0.995 * rate.max()))

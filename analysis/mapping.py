@@ -29,11 +29,6 @@ class Map(NamedTuple):
     optional: set             # the columns that only presets ask for: a run may lack them
     window: float = None      # tokens, or below 1 a share of the run: test_loss is the training loss averaged over it
 
-    @property
-    def loss(self):
-        """The column whose values are the evaluations."""
-        return 'train_loss' if self.window else 'test_loss'
-
 
 def parse(arguments, window=None):
     """The Map of COLUMN=EXPRESSION, FILE.yaml and names of presets. Later ones replace earlier ones. Raises LogError."""
@@ -64,7 +59,11 @@ def _hint(name, names):
 
 
 def value(column, expression, run, sources):
-    """A number, a text, or a Series over the history. Raises KeyError with a line for the user if the run lacks a key."""
+    """A number, a text, or a Series over the history: the value of an expression for one run.
+
+    sources has the 'config' and 'summary' of the run as dicts, and its 'history' as a DataFrame. Raises KeyError, with a line for
+    the user, if the run lacks a key, and MapError for a text where a number is wanted.
+    """
     if isinstance(expression, dict):
         sources, expression = {'map': expression}, f'map:{run}'
     result, parts = 1.0, ['*', *re.split(r'\s*(\*|(?<=\s)/(?=\s))\s*', str(expression).strip())]  # a key may hold a plain slash
@@ -95,19 +94,20 @@ def apply(how, run, history, config=None, summary=None):
     history is a DataFrame with a row for each logged step; config and summary are those of a W&B run. Without a config the history
     comes from a file, and its other columns are kept. Tokens that are not mapped are step·B·L. Raises MapError.
     """
+    loss = 'train_loss' if how.window else 'test_loss'
     table, lacking = _mapped(how, run, history, config, summary)
     if not {'tokens', 'compute'} & set(table) and {'step', 'B'} <= set(table):
         table['tokens'] = table['step'] * table['B'] * table.get('L', 1)
     named = [column for column in table if str(column).startswith('loss.')]
     if named and 'test_loss' not in table:
         table['test_loss'] = table[named[0]]
-    _check_complete(how, run, table, lacking, history)
+    _check_complete(how, run, table, loss, lacking, history)
     table = _interpolate(table)
     if 'tokens' in how.expressions and (table.get('tokens', 0) < 0).any():
         raise MapError(f'--map tokens={how.expressions["tokens"]}: run {run} has {table["tokens"].min():g}; give other keys')
     if 'lr' in table and 'peak_lr' not in table:
         table['peak_lr'] = table['lr'].max()
-    rows, axis = table[table[how.loss].notna()], next(column for column in ('tokens', 'compute', 'step') if column in table)
+    rows, axis = table[table[loss].notna()], next(column for column in ('tokens', 'compute', 'step') if column in table)
     if how.window:
         rows = smooth(rows, how.window)
     if len(rows) and table[axis].max() > 1.01 * rows[axis].max():  # diverged or not evaluated to its end: `clean` leaves it out
@@ -137,9 +137,9 @@ def _mapped(how, run, history, config, summary):
     return table, lacking
 
 
-def _check_complete(how, run, table, lacking, history):
+def _check_complete(how, run, table, loss, lacking, history):
     """Raises MapError for the first column that the map asks for or the analysis needs, and the table does not have."""
-    needed = [how.loss]
+    needed = [loss]
     if (how.window or 0) >= 1 or not {'tokens', 'compute', 'step'} & set(table):
         needed.append('tokens')
     if how.expressions:
@@ -191,4 +191,5 @@ def read_curves(path, how=None):
     how, raw = how or Map({}, set()), read_frame(path)
     name = str(how.expressions.get('run', 'run')).removeprefix('history:')
     runs = raw.groupby(raw[name].astype(str) if name in raw else np.full(len(raw), path.stem), sort=False)
-    return pd.concat([apply(how, run, rows) for run, rows in runs] or [raw.assign(run=None, test_loss=None)])
+    empty = raw.assign(run=None, test_loss=None)  # of a file without rows, which `load` refuses
+    return pd.concat([apply(how, run, rows) for run, rows in runs] or [empty])
