@@ -89,12 +89,15 @@ def normalise(curves, L0, by='own'):
     reducible = curves.loss - L0[..., None, None]
     final = reducible[..., -1:]
     if by == 'expected':
-        final = (_model_mean(curves) @ final)[..., curves.model, :]
+        final = (model_average(curves) @ final)[..., curves.model, :]
     return reducible / final
 
 
-def _model_mean(curves, weight=None):
-    """[..., M, R] matrix that averages over the runs of each model. `weight` [..., R] counts each run so many times."""
+def model_average(curves, weight=None):
+    """Matrix [..., M, R] that turns values [R, K] of the runs into means [..., M, K] over the runs of each model.
+
+    `weight` [..., R] counts each run so many times.
+    """
     weight = np.ones(len(curves.model)) if weight is None else weight
     member = (curves.model == np.arange(len(curves.p))[:, None]) * weight[..., None, :]
     return member / member.sum(-1, keepdims=True)
@@ -106,7 +109,7 @@ def spread(curves, L0, ddof=0, by='own', weight=None):
     ddof 0 divides by the number of runs, as published. ddof 1 estimates the variance of the population; with five seeds it raises σ
     by 12%. `weight` [R] counts each run so many times (a bootstrap draw). Leading axes of L0 and weight broadcast.
     """
-    average = _model_mean(curves, weight)
+    average = model_average(curves, weight)
 
     def mean_and_variance(values):  # over the seeds of each model [..., M, K], ddof 0
         mean = average @ values
@@ -138,7 +141,7 @@ def farthest(curves, L0):
     The distance is the root mean square over 0.1 <= x < 1 of the relative difference of the normalised curves.
     """
     ell, late = normalise(curves, L0), (curves.x >= 0.1) & (curves.x < 1)
-    model_mean = _model_mean(curves) @ ell
+    model_mean = model_average(curves) @ ell
     of_model, of_run = (np.sqrt(((own / mean - 1)[:, late] ** 2).mean(-1))
                         for own, mean in ((model_mean, model_mean.mean(0)), (ell, model_mean[curves.model])))
     model, run = of_model.argmax(), of_run.argmax()
@@ -160,7 +163,7 @@ def drop_spread(curves, L0):
     Δ cannot choose L0, because it falls whenever less is subtracted: to 0 as L0 -> -∞. This spread has no such trend. Losses are
     means over the runs of a model. L0 [...] is below every final loss.
     """
-    loss, use = _model_mean(curves) @ curves.loss, (curves.x >= 0.25) & (curves.x <= 0.75)  # past warm-up, before noise prevails
+    loss, use = model_average(curves) @ curves.loss, (curves.x >= 0.25) & (curves.x <= 0.75)  # past warm-up, before noise prevails
     drop = (loss - loss[:, -1:])[:, use] / (loss[:, -1:] - np.asarray(L0, float)[..., None, None])  # [..., M, K]
     with np.errstate(invalid='ignore'):  # a log without an evaluation there has no spread: NaN
         return np.sqrt(drop.var(-2).sum(-1) / (drop.mean(-2) ** 2).sum(-1))

@@ -1,7 +1,9 @@
-"""The names and units of a log's columns, and the error that every module of the analysis raises.
+"""The columns of a log with their units, the error that every module of the analysis raises, and hints at misspelt names.
 
 Units are raw: tokens, FLOPs, and the loss as it was trained on (nats, or ½·squared error). A value that is not known is NaN.
 """
+
+import difflib
 
 PETA = 1e15  # FLOPs; the unit of compute in the scaling law, in the horizon rule and in the authors' logs
 
@@ -38,3 +40,10 @@ TEXT_COLUMNS = ('run', 'tag', 'state', 'parent', 'optimizer', 'schedule', 'revis
 
 class LogError(ValueError):
     """A log cannot be read, or lacks what the analysis needs. The message is one line for the user."""
+
+
+def hint(name, names):
+    """The end of an error message: '; did you mean …?' with the names that contain `name` or are like it, else '; there are …'."""
+    names = sorted(map(str, names))
+    near = [one for one in names if str(name).lower() in one.lower()][:3] or difflib.get_close_matches(str(name), names, 3)
+    return f'; did you mean {" or ".join(near)}?' if near else f'; there are {", ".join(names[:40])}{" …" * (len(names) > 40)}'

@@ -4,7 +4,6 @@ A map is {column: expression}, and an expression a product of factors such as `a
 summary:KEY, history:KEY or constant:TEXT. A plain KEY is a column of the history. {run: number} gives each run its own.
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import pandas as pd
 import yaml
 from scipy.signal import savgol_filter
 
-from analysis.columns import ROW_COLUMNS, RUN_COLUMNS, TEXT_COLUMNS, LogError
+from analysis.columns import ROW_COLUMNS, RUN_COLUMNS, TEXT_COLUMNS, LogError, hint
 
 PRESETS = {path.stem: path for path in (Path(__file__).parent.parent / 'configs/log_maps').glob('*.yaml')}
 ALIASES = {'p': 'num_params', 'params': 'num_params', 'loss': 'test_loss', 'flops': 'compute', 'width': 'D'}
@@ -37,7 +36,7 @@ def parse(arguments, window=None):
         name, single, text = argument.partition('=')
         path = PRESETS.get(argument, Path(argument))
         if not single and not path.exists():
-            raise LogError(f'--map {argument}: no such map{_hint(argument, PRESETS)}')
+            raise LogError(f'--map {argument}: no such map{hint(argument, PRESETS)}')
         given = {name: text} if single else yaml.safe_load(path.read_text())
         if not isinstance(given, dict):
             raise LogError(f'--map {argument}: wanted lines `column: expression`')
@@ -45,17 +44,10 @@ def parse(arguments, window=None):
             column = ALIASES.get(name, name)
             if column not in RUN_COLUMNS + ROW_COLUMNS and not str(name).startswith('loss.'):
                 known = (*ALIASES, *RUN_COLUMNS, *ROW_COLUMNS, 'loss.NAME')
-                raise LogError(f'--map {name}: a log has no such column{_hint(name, known)}')
+                raise LogError(f'--map {name}: a log has no such column{hint(name, known)}')
             found.expressions[column] = expression
             (found.optional.add if argument in PRESETS else found.optional.discard)(column)
     return found
-
-
-def _hint(name, names):
-    """'; did you mean …?' with the names that contain `name` or are like it, or '; there are …'."""
-    names = sorted(map(str, names))
-    near = [one for one in names if str(name).lower() in one.lower()][:3] or difflib.get_close_matches(str(name), names, 3)
-    return f'; did you mean {" or ".join(near)}?' if near else f'; there are {", ".join(names[:40])}{" …" * (len(names) > 40)}'
 
 
 def value(column, expression, run, sources):
@@ -76,7 +68,7 @@ def value(column, expression, run, sources):
         except ValueError:
             source, key = (source, key) if source in sources and key else ('history', text)
             if key not in sources[source]:
-                raise KeyError(f'--map {column}: run {run} has no {source} key {key!r}{_hint(key, sources[source])}') from None
+                raise KeyError(f'--map {column}: run {run} has no {source} key {key!r}{hint(key, sources[source])}') from None
             factor = sources[source][key]
         if column in TEXT_COLUMNS:
             return factor
@@ -147,7 +139,7 @@ def _check_complete(how, run, table, loss, lacking, history):
     asked = [column for column in lacking if column not in how.optional]
     for column in asked + [column for column in needed if column not in table]:
         name = column.removeprefix('test_')
-        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; give --map {name}=KEY{_hint(name, history)}'
+        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; give --map {name}=KEY{hint(name, history)}'
         smoothed = '; for the training loss add --smooth, e.g. 0.02' if column == 'test_loss' and 'train_loss' in table else ''
         raise MapError(lacking.get(column, wanted) + smoothed)
 
@@ -191,5 +183,5 @@ def read_curves(path, how=None):
     how, raw = how or Map({}, set()), read_frame(path)
     name = str(how.expressions.get('run', 'run')).removeprefix('history:')
     runs = raw.groupby(raw[name].astype(str) if name in raw else np.full(len(raw), path.stem), sort=False)
-    empty = raw.assign(run=None, test_loss=None)  # of a file without rows, which `load` refuses
-    return pd.concat([apply(how, run, rows) for run, rows in runs] or [empty])
+    # A file without rows has no run; `load` then says so.
+    return pd.concat([apply(how, run, rows) for run, rows in runs] or [raw.assign(run=None, test_loss=None)])

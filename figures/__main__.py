@@ -1,9 +1,8 @@
 """The analysis of a log on the command line:  python -m figures COMMAND LOG …"""
 
-import difflib
 import sys
 
-from analysis.table import LogError
+from analysis.columns import LogError, hint
 from figures import beyond_commands, paper_commands, report, tables
 
 COMMANDS = {  # name: (function of the arguments that follow the name, help)
@@ -30,9 +29,7 @@ def main(argv):
         print('\npython -m figures COMMAND --help lists the options of a command.')
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f'did you mean {near[0]!r}?' if near else f'the commands are {", ".join(COMMANDS)}'
-        print(f'error: no command {name!r}; {hint}', file=sys.stderr)
+        print(f'error: no command {name!r}{hint(name, COMMANDS)}', file=sys.stderr)
         return 2
     try:
         COMMANDS[name][0](rest)

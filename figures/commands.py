@@ -8,6 +8,7 @@ from importlib import import_module
 import pandas as pd
 
 from analysis import table as logs
+from analysis.collapse import without_reruns
 
 SEEDS_BY = {'choices': ('seed', 'run'), 'default': 'seed',
             'help': 'what is a seed of a model: each value of the column seed (default), or each run, reruns included'}
@@ -27,12 +28,16 @@ def parser(description, name, out='write the figure (.png or .pdf)'):
 
 
 def read(args, keep_duplicates=False):
-    """(clean table, notes, number of duplicate runs dropped) of the log and the filters on the command line."""
+    """(clean table, notes, number of duplicate runs dropped) of the log, after the filters and SEEDS_BY of the command line."""
     table = logs.load(args.log)
     for condition in args.where:
         table = logs.where(table, condition)
     table = logs.between_widths(table, args.min_width, args.max_width)
-    return logs.clean(table, keep_duplicates)
+    table, notes, copies = logs.clean(table, keep_duplicates)
+    if vars(args).get('seeds_by') == 'seed' and not keep_duplicates:
+        table, more = without_reruns(table)
+        notes = notes + more
+    return table, notes, copies
 
 
 def finish(args, result, lines, notes, panel=None, *drawn):

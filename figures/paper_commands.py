@@ -38,9 +38,6 @@ def collapse(argv):
     parse.add_argument('--seeds-by', **commands.SEEDS_BY)
     args = parse.parse_args(argv)
     table, notes, copies = commands.read(args, args.keep_duplicates)
-    if args.seeds_by == 'seed' and not args.keep_duplicates:
-        table, more = collapsing.without_reruns(table)
-        notes = notes + more
     result, more = collapsing.analyse(table, args.L0, args.ddof)
     widths = sorted(table['D'].dropna().astype(int).unique().tolist()) if 'D' in table else None
     result |= {'duplicates_dropped': copies, 'widths': widths}

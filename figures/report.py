@@ -80,17 +80,13 @@ def larger(points, law, found):
             for one in zip(MULTIPLES, C, laws, law_ci, strict=True)]
 
 
-def mean_of_models(curves, values):
-    """[..., M, K] means over the runs of each model of values [..., R, K]."""
-    return np.stack([values[..., curves.model == m, :].mean(-2) for m in range(len(curves.p))], -2)
-
-
 def slider(curves, result):
     """(steps, index of the first shown): for each L0 the mean curves [M, K], Δ and σ [K - 1], their range, and a line of text."""
     named = [one for one in result['L0_choices'] if one['name'] in ('zero', 'law', 'best')]
     names = pd.DataFrame(named, columns=['L0', 'name']).groupby('L0')['name'].agg(', '.join).to_dict()
     floors = np.union1d(np.linspace(0, 0.98 * curves.loss[:, -1].min(), STEPS), [result['fit']['L0'], *names])
-    ell, each = mean_of_models(curves, collapse.normalise(curves, floors)), collapse.spread(curves, floors, result['ddof'])
+    ell = collapse.model_average(curves) @ collapse.normalise(curves, floors)
+    each = collapse.spread(curves, floors, result['ddof'])
     half, sigma, top = np.abs(curves.x - 0.5).argmin(), each.sigma.mean(1), ell[..., curves.x >= 0.1].max((1, 2))
     onset, drop, steps = collapse.onset(curves.x, each.delta, sigma), collapse.drop_spread(curves, floors), []
     for i, L0 in enumerate(floors):
@@ -129,7 +125,7 @@ def page(table, record, notes, origin):
         seeds=value_range(result['seeds_per_model']), compute=' to '.join(dict.fromkeys(f'{one:.3g}' for one in C[[0, -1]])),
         missing=_list([f'{part}: {reason}' for part, reason in record['missing'].items()] + notes),
         law=_table(summary({'fit': result['fit']})) if record['law'] else '',
-        law_figure=panels.law(curves.x, mean_of_models(curves, curves.loss), result, record['law']),
+        law_figure=panels.law(curves.x, collapse.model_average(curves) @ curves.loss, result, record['law']),
         steps=json.dumps(steps), first=first, last=len(steps) - 1, choices=_table(choices),
         collapse_figure=panels.collapse(curves.x, steps[first], result), spread_figure=panels.spread(steps[first], result),
         conditions=_table([{'condition': one['name'], 'verdict': mark[one['verdict']], 'spread': one['spread'],
@@ -156,9 +152,6 @@ def report(argv):
     if Path(args.out).suffix != '.html':
         raise LogError(f'--out {args.out}: wanted a name that ends in .html')
     table, notes, _ = commands.read(args)
-    if args.seeds_by == 'seed':
-        table, more = collapse.without_reruns(table)
-        notes = notes + more
     record, more = analyse(table)
     said = (pq.read_schema(args.log).metadata or {}).get(logs.METADATA_KEY, '{}') if args.log.endswith('.parquet') else '{}'
     packages = ', '.join(f'{name} {version(name)}' for name in ('numpy', 'scipy', 'pandas', 'plotly'))

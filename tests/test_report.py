@@ -121,7 +121,7 @@ def test_each_step_of_the_slider_is_what_the_analysis_gives(page):
     steps, first = report.slider(curves, result)
     np.testing.assert_allclose(steps[first]['delta'], result['delta'][:-1], rtol=1e-3)  # of four digits
     np.testing.assert_allclose(steps[first]['sigma'], result['sigma'][:-1], rtol=1e-3)
-    np.testing.assert_allclose(report.mean_of_models(curves, collapse.normalise(curves, 0.0)), steps[0]['curves'], atol=1e-5)
+    np.testing.assert_allclose(collapse.model_average(curves) @ collapse.normalise(curves, 0.0), steps[0]['curves'], atol=1e-5)
     best = next(one for one in result['L0_choices'] if one['name'] == 'best')
     step = next(one for one in steps if '(best)' in one['text'])
     assert f'Δ(0.5) = {best["delta"]:.4f}, spread of the drop {best["drop_spread"]:.1%}' in step['text']

@@ -161,7 +161,7 @@ def test_command_on_a_folder_of_csv_files(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert [row['curve'] for row in result['unseen']] == ['linear_end'] * 3
     assert result['mean']['noise law']['mae'] < 1e-3 and figure.stat().st_size > 10_000
-    with pytest.raises(LogError, match='--fit cosin: no such curve; .*linear_end.* did you mean cosine?'):
+    with pytest.raises(LogError, match='--fit cosin: no such curve; did you mean cosine'):
         beyond_commands.schedule_laws([str(tmp_path), '--fit', 'constant', 'cosin'])
     with pytest.raises(LogError, match='--fit: name two or three curves of constant'):  # none is called const and linear
         beyond_commands.schedule_laws([str(tmp_path)])

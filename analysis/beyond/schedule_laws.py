@@ -22,7 +22,6 @@ unseen curves of 25M and 100M language models are 1.5 to 2 times as large.
 `multi_power_law` is the baseline (Luo et al. 2025, arXiv:2503.12811), seven parameters, fitted as published by early-stopped Adam.
 """
 
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from scipy.optimize import least_squares, nnls
 from scipy.special import huber
 
 from analysis import collapse
+from analysis.columns import hint
 from analysis.scaling_law import DELTA
 from analysis.table import LogError
 
@@ -185,8 +185,7 @@ def compare(curves, names):
         raise LogError(f'--fit: name two or three curves of {", ".join(curves)}')
     for name in names:
         if name not in curves:
-            suggestion = ''.join(f'; did you mean {close}?' for close in get_close_matches(name, curves, 1))
-            raise LogError(f'--fit {name}: no such curve; there are {", ".join(curves)}{suggestion}')
+            raise LogError(f'--fit {name}: no such curve{hint(name, curves)}')
     unseen = [name for name in curves if name not in names]
     if not unseen:
         raise LogError(f'all {len(curves)} curves are fitted; leave one out of --fit to be predicted')
