@@ -9,7 +9,7 @@ COMMANDS = {  # name: (function of the arguments that follow the name, help)
     'collapse': (paper_commands.collapse, 'scaling law, collapse tolerance Δ against noise floor σ, where supercollapse begins'),
     'horizon': (paper_commands.horizon, 'compute-optimal horizon C* = (p / scale)^exponent from constant-rate runs'),
     'schedules': (paper_commands.schedules, 'noise coefficient α, and loss curves predicted for other learning-rate schedules'),
-    'conditions': (tables.conditions, 'which of tokens per parameter, schedule, warm-up, batch and AdamW timescale differ'),
+    'conditions': (paper_commands.conditions, 'which of tokens per parameter, schedule, warm-up, batch and AdamW timescale differ'),
     'report': (report.report, 'one page to hand round: verdict, law, collapse with a slider for L0, conditions, larger models'),
     'reproduced': (paper_commands.reproduced, 'a run beside the published seeds of its model'),
     'tables': (tables.main, 'Markdown tables of several logs, one row a log'),

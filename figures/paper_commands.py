@@ -1,13 +1,14 @@
-"""The commands of the paper's analysis: collapse, horizon, schedules, reproduced."""
+"""The commands of the paper's analysis: collapse, horizon, schedules, reproduced, conditions."""
 
 import numpy as np
 
 from analysis import collapse as collapsing
+from analysis import conditions as conditioning
 from analysis import horizon as horizons
 from analysis import reproduced as reproducing
 from analysis import scaling_law
 from analysis import schedules as scheduling
-from analysis.table import clean, load, runs
+from analysis.table import LogError, clean, load, runs
 from figures import commands
 from figures.tables import number, summary, value_range
 
@@ -85,3 +86,15 @@ def schedules(argv):
              'above, and with α = 0:', commands.text(result['leave_one_schedule_out'])]
     commands.finish(args, result | {'duplicates_dropped': copies}, lines, notes + more,
                     'panels.schedules', scheduling.align(table)[0], result['alpha'])
+
+
+def conditions(argv):
+    args = commands.parser(conditioning.__doc__.splitlines()[0], 'conditions').parse_args(argv)
+    if args.out:
+        raise LogError('conditions draws no figure; leave out --out')
+    table, notes, _ = commands.read(args)
+    found = conditioning.conditions(table)
+    values = {'parameters': found[0].num_params, **{one.name: one.values for one in found}}
+    verdicts = [{'condition': one.name, 'verdict': one.verdict, 'spread': one.spread, 'limit': one.limit} for one in found]
+    lines = [commands.text(verdicts), *(f'{one.name}: {one.advice}' for one in found if one.advice), commands.text(values)]
+    commands.finish(args, {'conditions': [one._asdict() for one in found]}, lines, notes)

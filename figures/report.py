@@ -69,15 +69,16 @@ def forecast(table):
 
 def larger(points, law, found):
     """[{times, compute, law, law_ci, p, forecast, forecast_ci}] for MULTIPLES of the largest compute. None is not known."""
-    C = points.compute[-1] * np.array(MULTIPLES)
-    draws = law and scaling_law.bootstrap(points, law)[0]
-    laws = scaling_law.predict(law, C) if law else [None] * len(C)
-    spread = scaling_law.predict(scaling_law.Law(*(draws[name][:, None] for name in ('a', 'b', 'L0'))), C) if draws else None
-    law_ci = np.transpose(scaling_law.interval(spread)).tolist() if draws else [None] * len(C)
-    budgets = {one['times']: [one['p'], one['mean'], [one['lo90'], one['hi90']]] for one in (found or {}).get('budgets', [])}
-    names = 'times', 'compute', 'law', 'law_ci', 'p', 'forecast', 'forecast_ci'
-    return [dict(zip(names, [*one, *budgets.get(one[0], [None] * 3)], strict=True))
-            for one in zip(MULTIPLES, C, laws, law_ci, strict=True)]
+    draws, budgets = law and scaling_law.bootstrap(points, law)[0], {one['times']: one for one in (found or {}).get('budgets', [])}
+    rows = []
+    for times in MULTIPLES:
+        C, budget = times * points.compute[-1], budgets.get(times)
+        rows.append({
+            'times': times, 'compute': C, 'law': scaling_law.predict(law, C) if law else None,
+            'law_ci': scaling_law.interval(scaling_law.predict(scaling_law.Law(**draws), C)) if draws else None,
+            'p': budget and budget['p'], 'forecast': budget and budget['mean'],
+            'forecast_ci': budget and [budget['lo90'], budget['hi90']]})
+    return rows
 
 
 def slider(curves, result):

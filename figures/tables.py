@@ -13,9 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import collapse, horizon, schedules
-from analysis import conditions as of_ladder
 from analysis.table import LogError, clean, load, runs
-from figures import commands
 
 # What `summary` shows of a result, in this order, by the names of fields and JSON keys.
 QUANTITIES = {
@@ -130,18 +128,6 @@ def tables(paths):
 def markdown(rows):
     lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
-
-
-def conditions(argv):
-    args = commands.parser(of_ladder.__doc__.splitlines()[0], 'conditions').parse_args(argv)
-    if args.out:
-        raise LogError('conditions draws no figure; leave out --out')
-    table, notes, _ = commands.read(args)
-    found = of_ladder.conditions(table)
-    values = {'parameters': found[0].num_params, **{one.name: one.values for one in found}}
-    verdicts = [{'condition': one.name, 'verdict': one.verdict, 'spread': one.spread, 'limit': one.limit} for one in found]
-    lines = [commands.text(verdicts), *(f'{one.name}: {one.advice}' for one in found if one.advice), commands.text(values)]
-    commands.finish(args, {'conditions': [one._asdict() for one in found]}, lines, notes)
 
 
 def main(argv):

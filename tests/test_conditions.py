@@ -9,7 +9,7 @@ import pytest
 from analysis import mapping
 from analysis import table as logs
 from analysis.conditions import conditions
-from figures import tables
+from figures import paper_commands
 
 P = 1e6 * 2.0 ** np.arange(5)
 SHAPES = {'cosine': lambda u: 0.55 + 0.45 * np.cos(np.pi * u), 'to zero': lambda u: 0.5 + 0.5 * np.cos(np.pi * u),
@@ -149,9 +149,9 @@ def test_the_olmo_ladder_differs_in_its_batch_alone(published, horizon):
 
 def test_the_command(tmp_path, capsys):
     logs.write_parquet(ladder(odd=4, batch=2, evals=100), tmp_path / 'log.parquet', source='planted')
-    tables.conditions([str(tmp_path / 'log.parquet')])
+    paper_commands.conditions([str(tmp_path / 'log.parquet')])
     printed = capsys.readouterr().out
     assert 'batch size differs' in printed and 'batch size: 1.6e+07 parameters: use one batch size' in printed
-    tables.conditions([str(tmp_path / 'log.parquet'), '--json'])
+    paper_commands.conditions([str(tmp_path / 'log.parquet'), '--json'])
     found = json.loads(capsys.readouterr().out)['conditions']
     assert [one['verdict'] for one in found] == ['met', 'met', 'met', 'differs', 'met'] and len(found[0]['values']) == 5
