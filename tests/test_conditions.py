@@ -118,7 +118,8 @@ def test_the_timescale_is_that_of_hidden_weights_where_their_decay_is_known():
 def test_one_model_without_a_weight_decay_is_unknown_and_none_at_all_is_met():
     table = ladder(evals=100)
     larger = table['num_params'] > P[0]
-    for decay, verdict in ((table['weight_decay'].where(larger), 'unknown'), (0.0, 'met'), (np.where(larger, 0.1, 0), 'differs')):
+    for decay, verdict in ((table['weight_decay'].where(larger), 'unknown'), (0.0, 'met'), (np.where(larger, 0.1, 0), 'differs'),
+                           (np.where(larger, 0, 0.1), 'differs')):
         assert verdicts(table.assign(weight_decay=decay))['AdamW timescale'] == verdict
 
 

@@ -171,7 +171,7 @@ def test_files_as_the_olmo_ladder_publishes_them(tmp_path):
 
 
 def test_a_text_log(tmp_path):
-    (tmp_path / 'one.txt').write_text('model.step:7 code\nstep:0/20 val_loss:10.8 train_time:5ms step_avg:nanms\n'
+    (tmp_path / 'one.txt').write_text('model.step:7 val_loss:9.9 code\nstep:0/20 val_loss:10.8 train_time:5ms step_avg:nanms\n'
                                       'step:1/20 train_time:6ms\nstep:20/20 val_loss:3.5 train_time:99ms step_avg:5ms\n')
     done = program('--files', tmp_path / 'one.txt', '--map', 'modded-nanogpt', '--map', 'tokens=step*64', '--map', 'num_params=1e6',
                    '--out', tmp_path / 'log.parquet')
