@@ -9,6 +9,7 @@ from learning import best_rate, learn, power_law_batches
 
 import model as models
 import optimizer
+from trainer import config
 
 # Schedules
 
@@ -105,6 +106,7 @@ def test_adam_agrees_with_plain_numpy(small_mlp, decay, shares):
     run = small_mlp('model.D=16', 'model.base_D=8', 'opt.b1=0.8', 'opt.b2=0.9', 'opt.eps=0.01', 'opt.lr=0.1', 'opt.embed_lr_mult=3',
                     'opt.readout_lr_mult=0.2', decay)
     assert run.derived.steps == 20
+    assert config.settings(run, 0)['derived']['decay_per_step'] == pytest.approx(shares['hidden'])  # what its record says
     o, rng = run.opt, np.random.default_rng(0)
     _, shapes, roles = models.structure('mlp', run.model)
     weights = jax.tree.map(lambda a: rng.normal(size=a.shape), shapes)
@@ -141,7 +143,8 @@ def hidden_matrices(block):
 
 def test_muon_orthogonalises_the_nesterov_momentum_of_every_hidden_matrix(small_transformer):
     """Singular vectors are those of the momentum, singular values lie about √(fan-out/fan-in); Adam takes the other weights."""
-    run, adam = (small_transformer('x', f'opt.name={name}', 'opt.momentum=0.8', 'model.V=32') for name in ('muon', 'adam'))
+    run, adam = (small_transformer('x', f'opt.name={name}', 'opt.momentum=0.8', 'model.V=32', 'model.mlp_expansion=4')
+                 for name in ('muon', 'adam'))
     _, shapes, _ = models.structure('transformer', run.model)
     rng = np.random.default_rng(0)
     params, *grads = [jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)), shapes) for _ in range(3)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import collapse, scaling_law
@@ -121,7 +122,9 @@ def test_each_step_of_the_slider_is_what_the_analysis_gives(page):
     steps, first = report.slider(curves, result)
     np.testing.assert_allclose(steps[first]['delta'], result['delta'][:-1], rtol=1e-3)  # of four digits
     np.testing.assert_allclose(steps[first]['sigma'], result['sigma'][:-1], rtol=1e-3)
-    np.testing.assert_allclose(collapse.model_average(curves) @ collapse.normalise(curves, 0.0), steps[0]['curves'], atol=1e-5)
+    for L0, step in ((0.0, steps[0]), (result['fit']['L0'], steps[first])):
+        mean = collapse.model_average(curves) @ collapse.normalise(curves, L0)
+        np.testing.assert_allclose(mean, step['curves'], atol=1e-5)
     best = next(one for one in result['L0_choices'] if one['name'] == 'best')
     step = next(one for one in steps if '(best)' in one['text'])
     assert f'Δ(0.5) = {best["delta"]:.4f}, spread of the drop {best["drop_spread"]:.1%}' in step['text']
@@ -139,12 +142,13 @@ def test_larger_models_have_lower_losses_and_wider_intervals(page):
 
 def test_three_curves_of_one_seed_get_a_page_that_says_what_is_missing(tmp_path, browse):
     table = power_law_table(np.random.default_rng(1), models=3, seeds=1, evals=40)
+    table = pd.concat([table, table[:20].assign(run='<cut>')])  # half a run, which is left out and named
     path = written(tmp_path, table[['run', 'num_params', 'tokens', 'test_loss']].rename(
         columns={'num_params': 'p', 'test_loss': 'loss'}))
     text = words(path)
     assert re.search('<h1>(.*?)</h1>', path.read_text())[1] == 'not decidable'
     for missing in ('no noise floor σ', 'three models: the fit is exact', 'the log lacks lr', 'the log lacks weight_decay',
-                    'the end of each run counts as its C*'):
+                    'the end of each run counts as its C*', 'left out: <cut>'):
         assert missing in text, missing
     found, console = browse(path, MOVE)
     assert console == [] and not set(found['before']['paths']) & set(found['after']['paths'])
