@@ -55,8 +55,12 @@ def ladder(table):
             tolerance = 1.1 if column == 'peak_lr' else 1.02  # it may come from the column lr; horizons differ by an evaluation
             if len(found) > 1 and (isinstance(found[0], str) or found[-1] > tolerance * found[0]):
                 values = ', '.join(one if isinstance(one, str) else f'{one:.4g}' for one in found)
+                choose = f'{column}=…'
+                if column == 'horizon':
+                    choose = 'T=…' if 'T' in table and table['T'].notna().any() else 'and a column that tells them apart'
+                    values += ' FLOPs'
                 raise LogError(f'a collapse compares runs that differ in size and seed only, and {name} has {column} {values}; '
-                               f'choose one with --where {"T" if column == "horizon" else column}=…')
+                               f'choose one with --where {choose}')
     return table
 
 

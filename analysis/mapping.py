@@ -68,7 +68,8 @@ def value(column, expression, run, sources):
         except ValueError:
             source, key = (source, key) if source in sources and key else ('history', text)
             if key not in sources[source]:
-                raise KeyError(f'--map {column}: run {run} has no {source} key {key!r}{hint(key, sources[source])}') from None
+                name = column.removeprefix('test_')  # as the user wrote it
+                raise KeyError(f'--map {name}: run {run} has no {source} key {key!r}{hint(key, sources[source])}') from None
             factor = sources[source][key]
         if column in TEXT_COLUMNS:
             return factor
@@ -139,7 +140,8 @@ def _check_complete(how, run, table, loss, lacking, history):
     asked = [column for column in lacking if column not in how.optional]
     for column in asked + [column for column in needed if column not in table]:
         name = column.removeprefix('test_')
-        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; give --map {name}=KEY{hint(name, history)}'
+        how_to = 'give' if how.expressions else 'for other names save a log with  python save_logs.py --files FILE'
+        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; {how_to} --map {name}=KEY{hint(name, history)}'
         smoothed = '; for the training loss add --smooth, e.g. 0.02' if column == 'test_loss' and 'train_loss' in table else ''
         raise MapError(lacking.get(column, wanted) + smoothed)
 

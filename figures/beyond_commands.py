@@ -43,7 +43,10 @@ def forecast(argv):
     max_width, args.max_width = args.max_width, None  # it limits the ladder and not the log, as the target is wider
     table, notes, copies = commands.read(args)
     if each:
-        rows = forecasting.leave_out(table, (args.seen,), min_models=3 if table['num_params'].nunique() < 6 else 5)
+        models = table['num_params'].nunique()
+        if models < 4:
+            raise LogError(f'--target each needs four models, three to forecast from and one to forecast; the log has {models}')
+        rows = forecasting.leave_out(table, (args.seen,), min_models=3 if models < 6 else 5)
         return commands.finish(args, {'splits': rows}, _split_lines(rows), notes)
     result, more = forecasting.analyse(table, args.target, max_width, args.seen, args.horizon, args.rate, args.schedule,
                                        logs.clean(logs.load(args.pairs))[0] if args.pairs else None)

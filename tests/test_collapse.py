@@ -128,7 +128,7 @@ def test_one_model_one_seed_and_mixed_ladders():
     with pytest.raises(logs.LogError, match='peak_lr 0.001, 0.002'):     # a sweep of rates is no group of seeds
         collapse.analyse(rates)
     longer = planted()
-    with pytest.raises(logs.LogError, match='has horizon .* --where T='):  # one seed ends at half the horizon of the others
+    with pytest.raises(logs.LogError, match='has horizon .* FLOPs; choose one'):  # one seed ends at half the horizon of the others
         collapse.analyse(longer[(longer['run'] != 'D64-s1') | (longer['step'] <= longer['step'].max() / 60)])
     scaled = planted()
     collapse.analyse(scaled.assign(peak_lr=1e3 / scaled['num_params']))  # a rate that falls with size is

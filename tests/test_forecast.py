@@ -225,6 +225,7 @@ def test_what_the_command_refuses(small_log):
     largest = f'p={p[-1]}'
     for arguments, message in ((['--target', f'p={p[1]}'], 'at least three'),
                                (['--target', 'each', '--out', 'f.png'], 'leave out --out'),
+                               (['--target', 'each', '--where', f'num_params={p[0]}'], 'needs four models.* the log has 1'),
                                (['--target', largest, '--horizon', '1e9'], 'the log already holds'),
                                (['--target', f'p={3 * p[-1]}', '--seen', '0.3'], 'the log holds no run'),
                                (['--target', largest, '--seen', '1.5'], 'below 1'),
