@@ -62,9 +62,9 @@ def devices_for(B, microbatches=1) -> list:
 def compiler_options(devices) -> dict:
     """XLA options of a program on these devices: CPU cores that are devices of their own compute with one thread each.
 
-    Of XLA's YNNPACK fusions the matrix products alone stay on, where the installed jaxlib has that option: a step is then up to a
-    fifth faster. Without any of them jaxlib 0.10.2 once evaluated 96 examples of each device wrongly, on a CPU without AVX-512
-    (benchmarks/check_jaxlib.py).
+    Of XLA's YNNPACK fusions the matrix products alone stay on, where the installed jaxlib has that option. A step at D = 64 is
+    then a tenth to a fifth faster than with all fusions (docs/performance.md). Without any of them jaxlib 0.10.2 once evaluated 96
+    examples of each device wrongly, on a CPU without AVX-512 (benchmarks/check_jaxlib.py).
     """
     if len(devices) == 1 or devices[0].platform != 'cpu':
         return {}
