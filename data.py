@@ -1,10 +1,10 @@
-"""The two tasks, power-law regression and next-token prediction, behind one small interface: `open_task(run)` gives a Task.
+"""The tasks, power-law regression and next-token prediction, behind one small interface: `open_task(run)` gives a Task.
 
 A batch is a function of (seed, step), so that a resumed run needs no loader state. token_files/ reads the files.
 """
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from token_files import files as token_files
 
 BLOCK_BYTES = 1 << 25  # of training data sent to the device at a time: large enough to hide the transfer
 BLOCK_STEPS = 1024
+GENERATED = ('fourier', 'bigram')  # the values of ds_path that name no folder
 
 
 class Batch(NamedTuple):
@@ -40,14 +41,21 @@ def open_task(run, seeds, rows=slice(None)) -> Task:
 
     Raises FileNotFoundError or ValueError with one line before any training.
     """
-    return fourier_task(run) if run.ds_path == 'fourier' else token_task(run, seeds, rows)
+    if run.ds_path == 'fourier':
+        return fourier_task(run)
+    return bigram_task(run, rows) if run.ds_path == 'bigram' else token_task(run, seeds, rows)
 
 
 def vocab_size(ds_path, data_needed=True) -> int | None:
     """The vocabulary size in a data set's meta file. None without a meta file, or without a data set if none is needed."""
-    if ds_path in (None, 'fourier') or not (data_needed or Path(str(ds_path)).exists()):
+    if ds_path in (None, *GENERATED) or not (data_needed or Path(str(ds_path)).exists()):
         return None
     return token_files.open_tokens(str(ds_path)).meta.vocab_size
+
+
+def entropy(cfg) -> float | None:
+    """The entropy of the data of a configuration, nats a token; None where it is not known."""
+    return bigram_language(*bigram_keys(cfg)).entropy if cfg.ds_path == 'bigram' else None
 
 
 def fast_compile_options() -> dict:
@@ -164,6 +172,81 @@ def fourier_task(run) -> Task:
     test_keys = sample_keys(jax.random.PRNGKey(44), run.derived.num_test_batches)[1]
     test = jax.jit(lambda keys: jax.lax.map(draw, keys))(test_keys)
     return Task(BLOCK_STEPS, block, draw, lambda f, y: 0.5 * (f[:, 0] - y) ** 2, test, per_seed=False, in_rows=False)
+
+
+# A power-law language: a Markov chain of tokens whose entropy is known
+
+class Language(NamedTuple):
+    """A stationary first-order Markov chain over V tokens; float64."""
+    transitions: np.ndarray  # [V, V]: the probability of each token after the token of the row
+    stationary: np.ndarray   # [V]: the probability of each token anywhere
+    entropy: float           # nats a token: the lowest loss that a model of any size can reach
+
+
+def bigram_keys(cfg):
+    """The arguments of bigram_language in a configuration."""
+    return cfg.model.V, cfg.bigram_zipf, cfg.bigram_exponent, cfg.bigram_std
+
+
+@cache
+def bigram_language(V, zipf, exponent, std) -> Language:
+    """The language with logits M - zipf·log(rank of the next token).
+
+    M [V, V] has singular values k^-exponent, k = 1 … V, random singular vectors, and entries of standard deviation std. A model of
+    width D holds at most D of these directions, so its loss lies above the entropy by about their tail, D^(1-2·exponent).
+    """
+    rng, ranks = np.random.default_rng(42), np.arange(1.0, V + 1)
+
+    def orthogonal():
+        q, r = np.linalg.qr(rng.normal(size=(V, V)))
+        return q * np.sign(np.diag(r))  # a LAPACK library may choose either sign
+
+    M = orthogonal() * ranks**-exponent @ orthogonal()
+    transitions = np.exp(std / M.std() * M - zipf * np.log(ranks))
+    transitions /= transitions.sum(1, keepdims=True)
+    stationary = np.linalg.solve(np.eye(V) - transitions.T + 1, np.ones(V))  # π - Pᵀπ + (Σπ) 1 = 1
+    return Language(transitions, stationary, float(-stationary @ (transitions * np.log(transitions)).sum(1)))
+
+
+def bigram_table(language):
+    """[V + 1, V] uint32: the cumulative probabilities, in units of 2^-32, after each token and, in the last row, anywhere."""
+    cumulative = np.cumsum(np.vstack([language.transitions, language.stationary]), axis=1)
+    return np.minimum(np.rint(cumulative * 2**32), 2**32 - 1).astype(np.uint32)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def bigram_tokens(seed, batches, table, B, L):
+    """Tokens [M, B, L] int32 of these batches [M], each a function of (seed, number of the batch) alone."""
+    V = table.shape[1]
+
+    def next_token(token, u):  # each [M, B]; the number of columns but the last that are at most u, by binary search
+        found = jnp.zeros_like(token)
+        for bit in reversed(range(V.bit_length())):
+            more = found + (1 << bit)
+            found = jnp.where((more < V) & (table[token, more - 1] <= u), more, found)
+        return found, found
+
+    with jax.threefry_partitionable(True):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(seed), batches)
+        u = jax.vmap(lambda key: jax.random.bits(key, (L, B), 'uint32'))(keys)
+    start = jnp.full((len(batches), B), V, jnp.int32)
+    return jnp.moveaxis(jax.lax.scan(next_token, start, jnp.moveaxis(u, 1, 0))[1], 0, 2)
+
+
+def bigram_task(run, rows) -> Task:
+    """Batches of B sequences of L tokens of the language; all seeds of a run read the same ones, and no token twice."""
+    B, L = run.opt.B, run.model.L
+    table = jnp.asarray(bigram_table(bigram_language(*bigram_keys(run))))
+    M = int(np.clip(BLOCK_BYTES // (4 * B * L), 1, BLOCK_STEPS))
+
+    def block(k):
+        return np.asarray(bigram_tokens(43, jnp.arange(k * M, (k + 1) * M), table, B, L))[:, rows]
+
+    def batch(tokens):
+        return Batch(tokens, *next_tokens(tokens, None, False))
+
+    test = batch(bigram_tokens(44, jnp.arange(run.derived.num_test_batches), table, B, L))
+    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, test, per_seed=False, in_rows=True)
 
 
 # Next-token prediction from token files

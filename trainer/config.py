@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field
 
+import data
 import model as models
 from optimizer import SCHEDULES, decay_per_step
 
@@ -111,6 +112,9 @@ class Config:
     num_evals: PositiveInt
     arch: Literal[*models.ARCHS]
     ds_path: str | None
+    bigram_zipf: NotNegative
+    bigram_exponent: NotNegative
+    bigram_std: Positive
     shuffle: bool
     published_averaging: bool
     seed: Seed
@@ -139,13 +143,13 @@ BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'watch', 'stop_above', 'wandb_mo
 
 # Keys that older runs do not have, with the value that those runs were trained at. At this value a key is left out of a run's
 # identity, so that names of runs, and therefore their folders, stay what they were before the key was added.
-ADDED_KEYS = {'opt.name': 'adam', 'opt.momentum': 0.95, 'opt.independent_decay': 0.0, 'opt.decay_timescale': None}
+ADDED_KEYS = {'opt.name': 'adam', 'opt.momentum': 0.95, 'opt.independent_decay': 0.0, 'opt.decay_timescale': None,
+              'bigram_zipf': 1.0, 'bigram_exponent': 0.7, 'bigram_std': 1.5}
 
 # The short names of keys in the published logs. W&B gets both these and the dotted names.
-SHORT_NAMES = {
-    'D': 'model.D', 'N': 'model.N', 'L': 'model.L', 'V': 'model.V', 'dh': 'model.dh', 'mlp_expansion': 'model.mlp_expansion',
-    'B': 'opt.B', 'lr': 'opt.lr', 'schedule': 'opt.schedule', 'decay_frac': 'opt.decay_frac', 'warmup_tokens': 'opt.warmup_tokens',
-    'num_params': 'derived.num_params', 'steps': 'derived.steps'}
+SHORT_NAMES = {key.partition('.')[2]: key for key in (
+    'model.D', 'model.N', 'model.L', 'model.V', 'model.dh', 'model.mlp_expansion', 'opt.B', 'opt.lr', 'opt.schedule',
+    'opt.decay_frac', 'opt.warmup_tokens', 'derived.num_params', 'derived.steps')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +165,7 @@ class Derived:
     microbatches: int                # pieces in which the gradient of a batch is accumulated
     flops_per_token: float           # of matrix products and attention, to compute speeds
     eval_points: tuple[int, ...]     # numbers of updates after which the run is evaluated, increasing
+    entropy: float | None            # of the data, nats a token, where it is known
 
     @property
     def eval_share(self) -> float:
@@ -234,7 +239,7 @@ def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
         num_params=p, params_by_role=params_by_role, tokens_per_step=tokens_per_step, steps=steps,
         compute=6.0 * p * steps * tokens_per_step, warmup_steps=warmup_steps, num_test_batches=num_test_batches,
         microbatches=max(1, o.B // o.B_max), flops_per_token=float(models.train_flops_per_token(cfg.arch, m)),
-        eval_points=evaluation_points(cfg.num_evals, steps))
+        eval_points=evaluation_points(cfg.num_evals, steps), entropy=data.entropy(cfg))
     run = Run(**{**vars(cfg), 'T': T, 'model': m}, derived=derived)
     _check_expected(run, expected)
     return run
@@ -249,10 +254,8 @@ def evaluation_points(num_evals, steps):
 
 def evaluation_warning(run) -> str | None:
     """One line if evaluations cost more FLOPs than training, else None."""
-    if run.derived.eval_share <= 1:
-        return None
-    return (f'evaluations cost {run.derived.eval_share:.1f} times the FLOPs of training; '
-            f'lower num_evals={run.num_evals} or T_eval={run.T_eval}')
+    return None if run.derived.eval_share <= 1 else (f'evaluations cost {run.derived.eval_share:.1f} times the FLOPs of training; '
+                                                     f'lower num_evals={run.num_evals} or T_eval={run.T_eval}')
 
 
 # Checks
@@ -315,16 +318,17 @@ def _check_combinations(cfg):
         if not condition:
             raise ConfigError(message)
 
-    m, o, mlp, fourier = cfg.model, cfg.opt, cfg.arch == 'mlp', cfg.ds_path == 'fourier'
+    m, o, mlp, generated = cfg.model, cfg.opt, cfg.arch == 'mlp', cfg.ds_path in data.GENERATED
     require(cfg.T_eval is not None, 'T_eval is null; set it to the number of test tokens of an evaluation')
-    require(cfg.ds_path is not None, 'ds_path is null; set it to fourier or to a folder with train.bin and test.bin')
-    require(mlp == fourier, f'arch={cfg.arch} cannot learn ds_path={cfg.ds_path}; '
-                            'use mlp with fourier, transformer with a folder of tokens')
+    require(cfg.ds_path is not None, 'ds_path is null; set it to fourier, bigram or a folder with train.bin and test.bin')
+    require(mlp == (cfg.ds_path == 'fourier'), f'arch={cfg.arch} cannot learn ds_path={cfg.ds_path}; '
+                                               'use mlp with fourier, transformer with bigram or a folder of tokens')
     require(not mlp or (m.L, m.V) == (1, 8), f'model.L={m.L} and model.V={m.V} must be 1 and 8 for ds_path=fourier, '
                                              'whose inputs have 8 dimensions')
     for key in ('shuffle', 'published_averaging'):
-        require(not (fourier and getattr(cfg, key)), f'{key}=true has no meaning for ds_path=fourier, where every example is new '
-                                                     f'and counts; set {key}=false')
+        require(not (generated and getattr(cfg, key)), f'{key}=true has no meaning for ds_path={cfg.ds_path}, where every example '
+                                                       f'is new and counts; set {key}=false')
+    require(cfg.ds_path != 'bigram' or m.V <= 8192, f'model.V={m.V} makes a table of V² probabilities; set model.V to at most 8192')
     require(mlp or m.L >= 2, f'model.L={m.L} leaves no next token to predict; set model.L to 2 or more')
     require(mlp or m.D % m.dh == 0, f'model.D={m.D} is not a multiple of the head size model.dh={m.dh}; '
                                     f'set model.dh to a divisor of {m.D}')
@@ -390,10 +394,6 @@ def differences(recorded, run, seed) -> list[str]:
 
 def flatten(values, prefix='') -> dict:
     """Nested dicts as one dict with dotted keys."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f'{prefix}{key}.')
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat
+    parts = (flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
+             for key, value in values.items())
+    return dict(item for part in parts for item in part.items())

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import yaml
 
+import data
 from token_files import files as token_files
 from token_files.atomic import atomic_write
 from trainer import config, distributed, programs
@@ -215,7 +216,7 @@ def ended(run, seed) -> dict | None:
 
 def data_files(run) -> dict:
     """{file name: size and digest} of the data set; {} for data that are made on the device."""
-    return {} if run.ds_path == 'fourier' else token_files.fingerprints(run.ds_path)
+    return {} if run.ds_path in data.GENERATED else token_files.fingerprints(run.ds_path)
 
 
 def read_summary(folder) -> dict:
