@@ -34,6 +34,7 @@ class Task(NamedTuple):
     test: Batch                          # the test batches, stacked: [n, B, …]
     per_seed: bool                       # raw data has a seed axis, [M, S, …]: every seed has its own order
     in_rows: bool                        # raw data holds the B examples, [M, (S,) B, …]; False: it is PRNG keys they are made from
+    entropy: float | None = None         # loss of the true distribution on the test batches, which no model can beat; None: unknown
 
 
 def open_task(run, seeds, rows=slice(None)) -> Task:
@@ -51,11 +52,6 @@ def vocab_size(ds_path, data_needed=True) -> int | None:
     if ds_path in (None, *GENERATED) or not (data_needed or Path(str(ds_path)).exists()):
         return None
     return token_files.open_tokens(str(ds_path)).meta.vocab_size
-
-
-def entropy(cfg) -> float | None:
-    """The entropy of the data of a configuration, nats a token; None where it is not known."""
-    return bigram_language(*bigram_keys(cfg)).entropy if cfg.ds_path == 'bigram' else None
 
 
 def fast_compile_options() -> dict:
@@ -176,24 +172,13 @@ def fourier_task(run) -> Task:
 
 # A power-law language: a Markov chain of tokens whose entropy is known
 
-class Language(NamedTuple):
-    """A stationary first-order Markov chain over V tokens; float64."""
-    transitions: np.ndarray  # [V, V]: the probability of each token after the token of the row
-    stationary: np.ndarray   # [V]: the probability of each token anywhere
-    entropy: float           # nats a token: the lowest loss that a model of any size can reach
-
-
-def bigram_keys(cfg):
-    """The arguments of bigram_language in a configuration."""
-    return cfg.model.V, cfg.bigram_zipf, cfg.bigram_exponent, cfg.bigram_std
-
-
 @cache
-def bigram_language(V, zipf, exponent, std) -> Language:
-    """The language with logits M - zipf·log(rank of the next token).
+def bigram_language(V, zipf, exponent, std):
+    """(transitions [V, V], stationary distribution [V], entropy in nats a token) of a first-order Markov chain over V tokens.
 
-    M [V, V] has singular values k^-exponent, k = 1 … V, random singular vectors, and entries of standard deviation std. A model of
-    width D holds at most D of these directions, so its loss lies above the entropy by about their tail, D^(1-2·exponent).
+    Row a of the transitions is softmax(M[a] - zipf·log(rank of the next token)). M [V, V] has singular values k^-exponent for k = 1
+    to V, random singular vectors, and entries of standard deviation std. A model of width D holds about D of these directions, and
+    the others raise its loss above the entropy by about D^(1-2·exponent), if V is much larger.
     """
     rng, ranks = np.random.default_rng(42), np.arange(1.0, V + 1)
 
@@ -205,18 +190,15 @@ def bigram_language(V, zipf, exponent, std) -> Language:
     transitions = np.exp(std / M.std() * M - zipf * np.log(ranks))
     transitions /= transitions.sum(1, keepdims=True)
     stationary = np.linalg.solve(np.eye(V) - transitions.T + 1, np.ones(V))  # π - Pᵀπ + (Σπ) 1 = 1
-    return Language(transitions, stationary, float(-stationary @ (transitions * np.log(transitions)).sum(1)))
-
-
-def bigram_table(language):
-    """[V + 1, V] uint32: the cumulative probabilities, in units of 2^-32, after each token and, in the last row, anywhere."""
-    cumulative = np.cumsum(np.vstack([language.transitions, language.stationary]), axis=1)
-    return np.minimum(np.rint(cumulative * 2**32), 2**32 - 1).astype(np.uint32)
+    return transitions, stationary, float(-stationary @ (transitions * np.log(transitions)).sum(1))
 
 
 @partial(jax.jit, static_argnums=(3, 4))
 def bigram_tokens(seed, batches, table, B, L):
-    """Tokens [M, B, L] int32 of these batches [M], each a function of (seed, number of the batch) alone."""
+    """Tokens [M, B, L] int32 of these batches [M], each a function of (seed, number of the batch) alone.
+
+    table [V + 1, V] uint32: cumulative probabilities after each token and, in the last row, of the first token, times 2^32.
+    """
     V = table.shape[1]
 
     def next_token(token, u):  # each [M, B]; the number of columns but the last that are at most u, by binary search
@@ -234,9 +216,13 @@ def bigram_tokens(seed, batches, table, B, L):
 
 
 def bigram_task(run, rows) -> Task:
-    """Batches of B sequences of L tokens of the language; all seeds of a run read the same ones, and no token twice."""
-    B, L = run.opt.B, run.model.L
-    table = jnp.asarray(bigram_table(bigram_language(*bigram_keys(run))))
+    """Batches of B sequences of L tokens of the language, the same ones for all seeds. Raises ValueError for a vast vocabulary."""
+    B, L, V = run.opt.B, run.model.L, run.model.V
+    if V > 8192:
+        raise ValueError(f'model.V={V}: the language would have a table of V² probabilities; set model.V to at most 8192')
+    transitions, stationary, _ = bigram_language(V, run.bigram_zipf, run.bigram_exponent, run.bigram_std)
+    cumulative = np.cumsum(np.vstack([transitions, stationary]), axis=1)
+    table = jnp.asarray(np.minimum(np.rint(cumulative * 2**32), 2**32 - 1).astype(np.uint32))
     M = int(np.clip(BLOCK_BYTES // (4 * B * L), 1, BLOCK_STEPS))
 
     def block(k):
@@ -246,7 +232,8 @@ def bigram_task(run, rows) -> Task:
         return Batch(tokens, *next_tokens(tokens, None, False))
 
     test = batch(bigram_tokens(44, jnp.arange(run.derived.num_test_batches), table, B, L))
-    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, test, per_seed=False, in_rows=True)
+    entropy = -np.log(transitions[test.x[..., :-1], test.x[..., 1:]]).mean()
+    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, test, False, True, float(entropy))
 
 
 # Next-token prediction from token files

@@ -47,7 +47,7 @@ def train(run, on_steps=lambda steps, metrics: None) -> list[dict]:
         note(f"seed {summary['seed']}: already {summary['state']}; to train it again, delete {summary['folder']}")
     if seeds:
         with run_folder.locked([run.folder(seed) for seed in seeds]):
-            summaries += train_seeds(run, task, seeds, monitor, on_steps)
+            summaries += train_seeds(run.with_entropy(task.entropy), task, seeds, monitor, on_steps)
     return summaries
 
 

@@ -234,3 +234,99 @@ def test_the_vocabulary_of_a_data_set_is_rounded_up_to_32(write_tokens, compose,
     folder = write_tokens(meta)
     run = resolve('chess', f'ds_path={folder}', 'model.V=200', vocab_size=data.vocab_size(folder))
     assert run.model.V == (V or 200)
+
+
+# The power-law language
+
+@pytest.fixture(scope='module')
+def bigram(resolve):
+    """bigram(*overrides) -> (run, task) of a small language, which is far from its unigram frequencies."""
+    small = ('model.V=48', 'model.D=16', 'model.L=16', 'opt.B=64', 'T_eval=65536', 'bigram_std=2')
+
+    def opened(*overrides):
+        run = resolve('bigram', *small, *overrides)
+        return run, data.open_task(run, run.all_seeds)
+
+    return opened
+
+
+def language_of(run):
+    return data.bigram_language(run.model.V, run.bigram_zipf, run.bigram_exponent, run.bigram_std)
+
+
+def test_the_logits_of_the_language_have_the_stated_spectrum():
+    V, zipf, exponent, std = 200, 0.5, 0.8, 1.5
+    transitions, _, _ = data.bigram_language(V, zipf, exponent, std)
+    M = np.log(transitions) + zipf * np.log(np.arange(1, V + 1))  # up to a constant in each row, which has rank 1
+    centred = M - M.mean(1, keepdims=True)
+    np.testing.assert_allclose(transitions.sum(1), 1, atol=1e-12)
+    assert centred.std() == pytest.approx(std, rel=0.01)  # the means of 200 entries take about 1/200 of the variance
+    singular = np.linalg.svd(centred, compute_uv=False)
+    slope = np.polyfit(np.log(np.arange(5, 101)), np.log(singular[4:100]), 1)[0]
+    assert slope == pytest.approx(-exponent, abs=0.02)  # centring moves each singular value between its neighbours: a few 1/k
+
+
+def test_the_entropy_is_that_of_the_stationary_chain():
+    transitions, stationary, entropy = data.bigram_language(60, 1.0, 0.7, 1.5)
+    powers = np.linalg.matrix_power(transitions, 200)  # every row is the stationary distribution
+    np.testing.assert_allclose(powers, np.tile(stationary, (60, 1)), atol=1e-12)
+    naive = -sum(powers[0, a] * p * np.log(p) for a in range(60) for p in transitions[a])
+    assert entropy == pytest.approx(naive, rel=1e-12)
+    unigram = -(stationary * np.log(stationary)).sum()
+    assert 0 < entropy < unigram - 0.3 < np.log(60)
+
+
+def test_bigram_frequencies_are_those_of_the_language(bigram):
+    """Counts of 512 batches: the first tokens follow the stationary distribution, each next one the row of the last."""
+    run, task = bigram()
+    V, (transitions, stationary, _) = run.model.V, language_of(run)
+    x = task.block(0)[:512].reshape(-1, 16)
+    first = np.bincount(x[:, 0], minlength=V)
+    pairs = np.bincount(x[:, :-1].ravel() * V + x[:, 1:].ravel(), minlength=V * V).reshape(V, V)
+    for count, p in ((first, stationary), *zip(pairs, transitions, strict=True)):
+        expected = count.sum() * p
+        seen = expected > 5
+        chi2 = ((count - expected)[seen]**2 / expected[seen]).sum()
+        assert chi2 < seen.sum() + 5 * np.sqrt(2 * seen.sum())  # chi-squared has mean n and variance 2n
+    shuffled = np.roll(transitions, 1, axis=0)  # the control: the rows of other tokens
+    assert ((pairs - pairs.sum(1, keepdims=True) * shuffled)**2 / (pairs.sum(1, keepdims=True) * shuffled)).sum() > 10 * V * V
+
+
+def test_the_loss_of_the_true_model_is_the_entropy(bigram):
+    """On the test batches it is the entropy that the run records, and on many tokens the language's, within its standard error."""
+    run, task = bigram()
+    transitions, _, entropy = language_of(run)
+    logits = jnp.asarray(np.log(transitions), jnp.float32)
+    total, weight = data.weighted_sum(task.loss(logits[task.test.x], task.test.y), task.test.weight)
+    assert float(total / weight) == pytest.approx(task.entropy, rel=1e-5)  # a float32 sum of 61,440 losses
+    x = task.block(0)
+    surprise = -np.log(transitions[x[..., :-1], x[..., 1:]])
+    means = surprise.mean((1, 2))  # of independent batches
+    assert means.mean() == pytest.approx(entropy, abs=4 * means.std() / np.sqrt(len(means)))
+    assert 4 * means.std() / np.sqrt(len(means)) < 0.01
+
+
+def test_a_batch_of_the_language_is_a_function_of_the_step(bigram, monkeypatch):
+    run, task = bigram('seed=3')
+    L, B = run.model.L, run.opt.B
+    blocks = {k: task.block(k) for k in (1, 0)}
+    monkeypatch.setattr(data, 'BLOCK_STEPS', 5)  # blocks of another length, in another order, for other seeds
+    other = bigram('seeds=[0,1]')[1]
+    for k in (4, 0, 3):
+        np.testing.assert_array_equal(other.block(k), blocks[0][5 * k:5 * (k + 1)])
+    rows = data.bigram_task(run, slice(16, 32))
+    np.testing.assert_array_equal(rows.block(1), blocks[0][5:10, 16:32])  # those of one of four processes
+    np.testing.assert_array_equal(other.test.x, task.test.x)
+    # No batch comes twice, and none of the test set is trained on. Two of them agree by chance with probability 1e-500.
+    every = np.concatenate([*blocks.values(), task.test.x]).reshape(-1, B * L)
+    assert len(np.unique(every, axis=0)) == len(every)
+    (batch,) = batches(task, [2])
+    np.testing.assert_array_equal(batch.y[:, :-1], blocks[0][2][:, 1:])
+    assert batch.weight[:, :-1].all() and not batch.weight[:, -1].any()
+
+
+def test_the_language_does_not_depend_on_the_setting_of_jax(bigram):
+    usual = bigram()[1].block(0)[:3]
+    with jax.threefry_partitionable(False):
+        jax.clear_caches()
+        np.testing.assert_array_equal(bigram()[1].block(0)[:3], usual)

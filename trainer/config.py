@@ -165,7 +165,7 @@ class Derived:
     microbatches: int                # pieces in which the gradient of a batch is accumulated
     flops_per_token: float           # of matrix products and attention, to compute speeds
     eval_points: tuple[int, ...]     # numbers of updates after which the run is evaluated, increasing
-    entropy: float | None            # of the data, nats a token, where it is known
+    entropy: float | None = None     # the loss that no model can beat on the test batches, nats; None: unknown
 
     @property
     def eval_share(self) -> float:
@@ -181,6 +181,10 @@ class Run(Config):
     @property
     def all_seeds(self) -> list[int]:
         return self.seeds if self.seeds is not None else [self.seed]
+
+    def with_entropy(self, entropy):
+        """This run with the entropy of its data, which is known once the data are open."""
+        return dataclasses.replace(self, derived=dataclasses.replace(self.derived, entropy=entropy))
 
     def name(self, seed) -> str:
         """The unique name of one seed's run: the keys that sweeps vary, then a hash of the whole identity."""
@@ -215,10 +219,7 @@ def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
     except pydantic.ValidationError as error:
         raise ConfigError('; '.join(map(_message, error.errors()))) from error
     _check_combinations(cfg)
-    m, o = cfg.model, cfg.opt
-    if vocab_size is not None:
-        m = dataclasses.replace(m, V=math.ceil(vocab_size / 32) * 32)
-
+    o, m = cfg.opt, cfg.model if vocab_size is None else dataclasses.replace(cfg.model, V=math.ceil(vocab_size / 32) * 32)
     params_by_role = models.param_groups(cfg.arch, m)
     p = sum(params_by_role.values())
     T, source = _horizon(cfg, p, overridden)
@@ -239,7 +240,7 @@ def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
         num_params=p, params_by_role=params_by_role, tokens_per_step=tokens_per_step, steps=steps,
         compute=6.0 * p * steps * tokens_per_step, warmup_steps=warmup_steps, num_test_batches=num_test_batches,
         microbatches=max(1, o.B // o.B_max), flops_per_token=float(models.train_flops_per_token(cfg.arch, m)),
-        eval_points=evaluation_points(cfg.num_evals, steps), entropy=data.entropy(cfg))
+        eval_points=evaluation_points(cfg.num_evals, steps))
     run = Run(**{**vars(cfg), 'T': T, 'model': m}, derived=derived)
     _check_expected(run, expected)
     return run
@@ -328,7 +329,6 @@ def _check_combinations(cfg):
     for key in ('shuffle', 'published_averaging'):
         require(not (generated and getattr(cfg, key)), f'{key}=true has no meaning for ds_path={cfg.ds_path}, where every example '
                                                        f'is new and counts; set {key}=false')
-    require(cfg.ds_path != 'bigram' or m.V <= 8192, f'model.V={m.V} makes a table of V² probabilities; set model.V to at most 8192')
     require(mlp or m.L >= 2, f'model.L={m.L} leaves no next token to predict; set model.L to 2 or more')
     require(mlp or m.D % m.dh == 0, f'model.D={m.D} is not a multiple of the head size model.dh={m.dh}; '
                                     f'set model.dh to a divisor of {m.D}')
