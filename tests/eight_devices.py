@@ -76,6 +76,7 @@ def restored_checkpoint(run):
 # With a large eps Adam's first steps are smooth in the gradient; with eps = 0 they are its sign, rounding errors included.
 SMOOTH = ('opt.eps=1', 'opt.lr=1', 'opt.embed_lr_mult=1', 'opt.readout_lr_mult=1')
 SHARDINGS = {'whole': (), 'split': ('model.fsdp_enabled=true',), 'split, two seeds': ('model.fsdp_enabled=true', 'seeds=[0,1]'),
+             'a generated language': ('ds_path=bigram', 'model.fsdp_enabled=true'),
              'split, shuffled, in pieces': ('model.fsdp_enabled=true', 'shuffle=true', 'opt.B_max=8')}
 
 

@@ -1,7 +1,9 @@
 """A run that is interrupted and resumed gives the same record, bit for bit, as one without interruption."""
 import pytest
 
+import data
 import train
+from analysis import table
 from trainer import process, run_folder
 
 OVERRIDES = ('opt.B=64', 'T=3840', 'num_evals=8', 'T_eval=128', 'seeds=[0,1]')
@@ -31,6 +33,20 @@ def test_interrupted_run_resumes_bit_for_bit(small_mlp, straight, tmp_path, stop
     for seed in ('seed0', 'seed1'):
         assert (tmp_path / seed / 'history.jsonl').read_text() == (straight / seed / 'history.jsonl').read_text()
     assert not (tmp_path / 'seed1' / 'checkpoints').exists()
+
+
+def test_run_on_a_generated_language_resumes_bit_for_bit_and_records_its_entropy(resolve, tmp_path, stop_at):
+    small = ('bigram', 'model.V=32', 'model.D=16', 'model.L=8', 'opt.B=16', 'T=3840', 'num_evals=6', 'T_eval=1024',
+             'wandb_mode=disabled')
+    for stops in ((), (13,)):
+        run = resolve(*small, f'run_dir={tmp_path / str(len(stops))}')
+        if stops:
+            with pytest.raises(process.Interrupted):
+                train.train(run, stop_at(*stops))
+        train.train(run)
+    straight, resumed = (run_folder.read_history(tmp_path / name) for name in '01')
+    assert len(straight) > 5 and resumed == straight
+    assert table.load(tmp_path / '1')['entropy'].unique() == pytest.approx([data.open_task(run, [0]).entropy])
 
 
 def test_run_that_starts_over_deletes_its_later_checkpoints(small_mlp, straight, tmp_path, stop_at):
