@@ -176,17 +176,19 @@ def fourier_task(run) -> Task:
 def bigram_language(V, zipf, exponent, std):
     """(transitions [V, V], stationary distribution [V], entropy in nats a token) of a first-order Markov chain over V tokens.
 
-    Row a of the transitions is softmax(M[a] - zipf·log(rank of the next token)). M [V, V] has singular values k^-exponent for k = 1
-    to V, random singular vectors, and entries of standard deviation std. A model of width D holds about D of these directions, and
-    the others raise its loss above the entropy by about D^(1-2·exponent), if V is much larger.
+    Row a of the transitions is softmax(M[a] - zipf·log(rank of the next token)). M [V, V] has random singular vectors, entries of
+    standard deviation std, and the squared singular values k^(-2s) + V^(-2s)/(2s-1), s = exponent > ½. The second term stands for
+    those beyond V. All but the first D add up to D^(1-2s)/(2s-1) for D well below V. A model of width D holds about D of the
+    singular directions, so that with zipf = 0 its loss is above the entropy by a power law in D.
     """
     rng, ranks = np.random.default_rng(42), np.arange(1.0, V + 1)
+    singular = np.sqrt(ranks ** (-2 * exponent) + V ** (-2 * exponent) / (2 * exponent - 1))
 
     def orthogonal():
         q, r = np.linalg.qr(rng.normal(size=(V, V)))
         return q * np.sign(np.diag(r))  # a LAPACK library may choose either sign
 
-    M = orthogonal() * ranks**-exponent @ orthogonal()
+    M = orthogonal() * singular @ orthogonal()
     transitions = np.exp(std / M.std() * M - zipf * np.log(ranks))
     transitions /= transitions.sum(1, keepdims=True)
     stationary = np.linalg.solve(np.eye(V) - transitions.T + 1, np.ones(V))  # π - Pᵀπ + (Σπ) 1 = 1
