@@ -261,7 +261,7 @@ def test_the_logits_of_the_language_have_the_stated_spectrum():
     centred = M - M.mean(1, keepdims=True)
     np.testing.assert_allclose(transitions.sum(1), 1, atol=1e-12)
     assert centred.std() == pytest.approx(std, rel=0.01)  # the means of 200 entries take about 1/200 of the variance
-    # What the first D singular directions leave of the variance is a power law, up to (D/V)^1.6. Centring moves each value by a place.
+    # What the first D singular directions leave of the variance is a power law, up to (D/V)^1.6. Centring takes one direction.
     left = np.cumsum(np.linalg.svd(centred, compute_uv=False)[::-1]**2)[::-1]
     D = np.arange(5, 21)
     assert np.polyfit(np.log(D), np.log(left[D]), 1)[0] == pytest.approx(1 - 2 * exponent, abs=0.03)
