@@ -176,10 +176,11 @@ def fourier_task(run) -> Task:
 def bigram_language(V, zipf, exponent, std):
     """(transitions [V, V], stationary distribution [V], entropy in nats a token) of a first-order Markov chain over V tokens.
 
-    Row a of the transitions is softmax(M[a] - zipf·log(rank of the next token)). M [V, V] has random singular vectors, entries of
-    standard deviation std, and the squared singular values k^(-2s) + V^(-2s)/(2s-1), s = exponent > ½. The second term stands for
-    those beyond V. All but the first D add up to D^(1-2s)/(2s-1) for D well below V. A model of width D holds about D of the
-    singular directions, so that with zipf = 0 its loss is above the entropy by a power law in D.
+    The joint probability of two successive tokens a, b is r(a) exp(M[a, b]) c(b), with r and c such that either token alone follows
+    Zipf's law, rank^-zipf. M [V, V] has random singular vectors, entries of standard deviation std, and the squared singular values
+    k^(-2s) + V^(-2s)/(2s-1), s = exponent > ½, where the second term stands for those beyond V. All but the first D add up to about
+    D^(1-2s)/(2s-1). A model of width D holds some D singular directions. With zipf = 0 it therefore ends above the entropy by a
+    power law in D.
     """
     rng, ranks = np.random.default_rng(42), np.arange(1.0, V + 1)
     singular = np.sqrt(ranks ** (-2 * exponent) + V ** (-2 * exponent) / (2 * exponent - 1))
@@ -189,10 +190,15 @@ def bigram_language(V, zipf, exponent, std):
         return q * np.sign(np.diag(r))  # a LAPACK library may choose either sign
 
     M = orthogonal() * singular @ orthogonal()
-    transitions = np.exp(std / M.std() * M - zipf * np.log(ranks))
-    transitions /= transitions.sum(1, keepdims=True)
-    stationary = np.linalg.solve(np.eye(V) - transitions.T + 1, np.ones(V))  # π - Pᵀπ + (Σπ) 1 = 1
-    return transitions, stationary, float(-stationary @ (transitions * np.log(transitions)).sum(1))
+    joint, zipf_law = np.exp(std / M.std() * M), ranks**-zipf / np.sum(ranks**-zipf)
+    for _ in range(1000):  # Sinkhorn's algorithm
+        joint *= (zipf_law / joint.sum(1))[:, None]
+        change = zipf_law / joint.sum(0)
+        joint *= change
+        if np.abs(change - 1).max() < 1e-12:
+            break
+    transitions = joint / joint.sum(1, keepdims=True)
+    return transitions, zipf_law, float(-np.sum(joint * np.log(transitions)))
 
 
 @partial(jax.jit, static_argnums=(3, 4))

@@ -254,25 +254,30 @@ def language_of(run):
     return data.bigram_language(run.model.V, run.bigram_zipf, run.bigram_exponent, run.bigram_std)
 
 
-def test_the_logits_of_the_language_have_the_stated_spectrum():
-    V, zipf, exponent, std = 200, 0.5, 0.8, 1.5
-    transitions, _, _ = data.bigram_language(V, zipf, exponent, std)
-    M = np.log(transitions) + zipf * np.log(np.arange(1, V + 1))  # up to a constant in each row, which has rank 1
-    centred = M - M.mean(1, keepdims=True)
-    np.testing.assert_allclose(transitions.sum(1), 1, atol=1e-12)
-    assert centred.std() == pytest.approx(std, rel=0.01)  # the means of 200 entries take about 1/200 of the variance
-    # What the first D singular directions leave of the variance is a power law, up to (D/V)^1.6. Centring takes one direction.
-    left = np.cumsum(np.linalg.svd(centred, compute_uv=False)[::-1]**2)[::-1]
+def test_the_log_probabilities_of_the_language_have_the_stated_spectrum():
+    """Without Zipf's law they are M, but for a constant in each row and in each column."""
+    V, exponent, std = 200, 0.8, 1.5
+    transitions, stationary, _ = data.bigram_language(V, 0.0, exponent, std)
+    np.testing.assert_allclose(stationary, 1 / V, rtol=1e-12)
+    M = np.log(transitions)
+    M = M - M.mean(1, keepdims=True) - M.mean(0) + M.mean()
+    assert M.std() == pytest.approx(std, rel=0.02)  # the means of rows and columns hold about 2/200 of the variance
+    left = np.cumsum(np.linalg.svd(M, compute_uv=False)[::-1]**2)[::-1]  # of the variance, by all but the first D
     D = np.arange(5, 21)
-    assert np.polyfit(np.log(D), np.log(left[D]), 1)[0] == pytest.approx(1 - 2 * exponent, abs=0.03)
+    slope = np.polyfit(np.log(D + 0.5), np.log(left[D]), 1)[0]
+    assert slope == pytest.approx(1 - 2 * exponent, abs=0.03)  # (D/V)^1.6 = 2.5% at D = 20
 
 
-def test_the_entropy_is_that_of_the_stationary_chain():
-    transitions, stationary, entropy = data.bigram_language(60, 1.0, 0.7, 1.5)
-    powers = np.linalg.matrix_power(transitions, 200)  # every row is the stationary distribution
-    np.testing.assert_allclose(powers, np.tile(stationary, (60, 1)), atol=1e-12)
+@pytest.mark.parametrize('zipf', [0.0, 1.0])
+def test_unigrams_follow_zipfs_law_and_the_entropy_is_that_of_the_stationary_chain(zipf):
+    transitions, stationary, entropy = data.bigram_language(60, zipf, 0.7, 1.5)
+    zipf_law = np.arange(1.0, 61)**-zipf
+    np.testing.assert_allclose(stationary, zipf_law / zipf_law.sum(), rtol=1e-12)
+    np.testing.assert_allclose(transitions.sum(1), 1, rtol=1e-12)
+    powers = np.linalg.matrix_power(transitions, 500)  # every row is the stationary distribution
+    np.testing.assert_allclose(powers, np.tile(stationary, (60, 1)), rtol=1e-9)
     naive = -sum(powers[0, a] * p * np.log(p) for a in range(60) for p in transitions[a])
-    assert entropy == pytest.approx(naive, rel=1e-12)
+    assert entropy == pytest.approx(naive, rel=1e-9)
     unigram = -(stationary * np.log(stationary)).sum()
     assert 0 < entropy < unigram - 0.3 < np.log(60)
 

@@ -144,7 +144,7 @@ BOOKKEEPING = ('run_dir', 'checkpoint_minutes', 'watch', 'stop_above', 'wandb_mo
 # Keys that older runs do not have, with the value that those runs were trained at. At this value a key is left out of a run's
 # identity, so that names of runs, and therefore their folders, stay what they were before the key was added.
 ADDED_KEYS = {'opt.name': 'adam', 'opt.momentum': 0.95, 'opt.independent_decay': 0.0, 'opt.decay_timescale': None,
-              'bigram_zipf': 0.0, 'bigram_exponent': 0.8, 'bigram_std': 2.0}
+              'bigram_zipf': 0.0, 'bigram_exponent': 0.8, 'bigram_std': 3.0}
 
 # The short names of keys in the published logs. W&B gets both these and the dotted names.
 SHORT_NAMES = {key.partition('.')[2]: key for key in (
