@@ -178,12 +178,13 @@ def bigram_language(V, zipf, exponent, std):
 
     The joint probability of two successive tokens a, b is r(a) exp(M[a, b]) c(b), with r and c such that either token alone follows
     Zipf's law, rank^-zipf. M [V, V] has random singular vectors, entries of standard deviation std, and the squared singular values
-    k^(-2s) + V^(-2s)/(2s-1), s = exponent > ½, where the second term stands for those beyond V. All but the first D add up to about
+    k^(-2s), s = exponent > ½. The sum of those beyond V is spread over the upper half, so that all but the first D add up to about
     D^(1-2s)/(2s-1). A model of width D holds some D singular directions. With zipf = 0 it therefore ends above the entropy by a
     power law in D.
     """
     rng, ranks = np.random.default_rng(42), np.arange(1.0, V + 1)
-    singular = np.sqrt(ranks ** (-2 * exponent) + V ** (-2 * exponent) / (2 * exponent - 1))
+    beyond = V ** (1 - 2 * exponent) / (2 * exponent - 1)  # the sum of k^(-2s) over k > V
+    singular = np.sqrt(ranks ** (-2 * exponent) + (ranks > V / 2) * beyond / (V / 2))
 
     def orthogonal():
         q, r = np.linalg.qr(rng.normal(size=(V, V)))
