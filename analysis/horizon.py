@@ -7,16 +7,17 @@ are t* = C* / (6p) ∝ p^γ.
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri
 
 from analysis.columns import PETA
-from analysis.scaling_law import interval
+from analysis.scaling_law import LEVEL
 from analysis.table import LogError, require
 
 POINTS_PER_DECADE = 40   # of the common grid of compute
 BANDWIDTH = 0.05         # decades of compute over which a loss curve is smoothed; one model is the best one over some 0.3 decades
-WINDOW = 0.4             # decades on either side of a tangent point that are used to find it
+WINDOW = 2               # standard deviation of the weights around C*, as a factor of compute
 STAIRCASE = 1000         # points of the envelope in the authors' fit
-ENOUGH_POINTS = 5        # tangent points; with fewer a note says that they are few
+ENOUGH_MODELS = 6        # with fewer a note says that they are few
 
 
 class Curves(NamedTuple):
@@ -31,16 +32,14 @@ class Curves(NamedTuple):
 
 
 class Horizon(NamedTuple):
-    """C* = (p / scale)^exponent · 1e15 FLOPs, fitted to K tangent points."""
+    """C* = (p / scale)^exponent · 1e15 FLOPs."""
     scale: float
     exponent: float
-    scale_ci: list        # 90% interval [low, high], or None for two tangent points
+    scale_ci: list        # 90% interval [low, high], or None if leaving out one model leaves no horizon
     exponent_ci: list
-    r2: float             # of log C* on log p
-    p: np.ndarray         # [K] models with a tangent point: at most all but the smallest and the largest
-    compute: np.ndarray   # [K] FLOPs at the tangent point
-    spread: np.ndarray    # [K] standard error of log C* over the seeds, NaN for one seed
-    seeds: int            # the smallest number of seeds of any model
+    residual: float       # rms distance of log L from the fitted surface
+    p: np.ndarray         # [K] models with evaluations on both sides of their C*
+    compute: np.ndarray   # [K] their C*, FLOPs
     staircase: dict       # scale, exponent, r2 and points of the paper's own kind of fit, see `staircase`
 
 
@@ -109,42 +108,39 @@ def envelope(curves):
     return np.where(known, filled.min(0), np.nan), np.where(known, filled.argmin(0), -1)
 
 
-def tangent_points(curves, loss):
-    """[..., M] log C* where the curve of each model touches the envelope. NaN for the smallest and the largest model.
+def _surface(curves):
+    """(log scale, exponent, rms residual of log L) of the horizon in a surface fitted to the seed means. None if there is none.
 
-    loss [..., M, G] is on the grid of the curves. At fixed compute the optimal model has dL/dp = 0 (Qiu et al. appendix E). The
-    derivative of log L with respect to log p is taken through the model and its two neighbours. It falls with compute, and the
-    root of a parabola fitted around its change of sign is C*; NaN if there is none. A line would be off by W²/12 in log C, for
-    µ = ½ and a window of W nats on either side.
+    With v = log C and z = v - log C*(p), log L is a cubic in v plus z² times a line in v, by least squares with Gaussian weights in
+    z. At fixed compute it is lowest at z = 0, as the optimal model has dL/dp = 0 (Qiu et al. appendix E). Terms in z and z·v have
+    the coefficient 0 at the right C*; Newton's method moves C* until they have.
     """
-    u = np.log(curves.p)
-    h, k = np.diff(u)[:-1, None], np.diff(u)[1:, None]
-    change = np.diff(np.log(loss), axis=-2)
-    slope = (h / k * change[..., 1:, :] + k / h * change[..., :-1, :]) / (h + k)  # 2nd order, uneven spacing
-    roots = np.full(loss.shape[:-1], np.nan)
-    roots[..., 1:-1] = _falling_root(np.log10(curves.compute), slope) * np.log(10)
-    return roots
-
-
-def _falling_root(x, slope):
-    """[...] x at which slope [..., G], falling and noisy, crosses zero along x [G]. NaN if it does not do so inside the data."""
-    known = np.isfinite(slope)
-    slope = np.where(known, slope, 0)
-    crosses = (slope > 0).any(-1) & (slope < 0).any(-1)
-    centre = x[np.argmax(np.cumsum(slope, -1), -1)]  # positive before, negative after: the sum peaks at the crossing
-    for _ in range(5):
-        z = (x - centre[..., None]) / WINDOW
-        near = known & (np.abs(z) <= 1)
-        crosses &= near.sum(-1) >= 6
-        basis = near[..., None] * z[..., None] ** np.arange(3)                   # [..., G, 3]
-        normal = basis.swapaxes(-1, -2) @ basis + 1e-9 * np.eye(3)
-        level, tilt, _ = np.moveaxis(np.linalg.solve(normal, basis.swapaxes(-1, -2) @ slope[..., None])[..., 0], -1, 0)
-        crosses &= tilt < 0
-        # At most half a window per iteration, because a root far outside the fitted window is an extrapolation.
-        step = np.clip(np.divide(-level, tilt, out=np.zeros_like(level), where=crosses), -0.5, 0.5)
-        centre = centre + WINDOW * step
-    inside = (centre > np.where(known, x, np.inf).min(-1)) & (centre < np.where(known, x, -np.inf).max(-1))
-    return np.where(crosses & inside, centre, np.nan)
+    log_p, log_compute, loss = np.log(curves.p), np.log(curves.compute / PETA), np.log(curves.mean)
+    if len(log_p) < 3:
+        return None
+    crossings = log_compute[np.argmax(np.cumsum(np.nan_to_num(np.diff(loss, axis=0)), 1), 1)]  # of the curves of neighbours
+    known = np.isfinite(loss)
+    u, v = (np.broadcast_to(a, known.shape)[known] for a in (log_p[:, None], log_compute))
+    loss, u_mean, v_mean = loss[known], u.mean(), v.mean()
+    u, v = u - u_mean, v - v_mean
+    exponent, offset = 2.0, np.median(crossings - log_p[1:] - log_p[:-1]) + 2 * u_mean - v_mean  # v = exponent·u + offset at C*
+    for _ in range(300):
+        z = v - exponent * u - offset
+        root = np.exp(-0.25 * (z / np.log(WINDOW)) ** 2)        # square root of the weight
+        terms = np.stack([z, z * v, z ** 2, z ** 2 * v, np.ones_like(v), v, v ** 2, v ** 3], 1)
+        found = np.linalg.lstsq(root[:, None] * terms, root * loss)[0]
+        shift, tilt, curvature = found[:3]
+        stretch = 1 + tilt / (2 * curvature)                    # the minimum is where shift + tilt·v + 2·curvature·z = 0
+        step = np.array([exponent, offset - shift / (2 * curvature)]) / stretch - (exponent, offset)
+        exponent, offset = (exponent, offset) + step / 2
+        if np.abs(step).sum() < 1e-6:
+            break
+    else:
+        return None
+    if not (curvature > 0 and exponent > 0):
+        return None
+    residual = np.sqrt(np.average((loss - terms @ found) ** 2, weights=root ** 2))
+    return u_mean - (offset + v_mean) / exponent, float(exponent), float(residual)
 
 
 def _staircase_points(curves):
@@ -171,16 +167,14 @@ def staircase(curves):
 
 
 def notes(curves, found):
-    """What the user should know about a fit: how many points it rests on, and why the paper's own kind of fit differs."""
+    """What the user should know about a fit: how many models it rests on, and why the paper's own kind of fit differs."""
     said = []
-    if found.seeds == 1:
-        said.append('a model has one seed, so the noise of its seeds is not in the intervals')
     if found.exponent_ci is None:
         paper = f'; the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}' if found.staircase else ''
-        return said + [f'two tangent points: any two lie on a line, so R² says nothing and there is no interval{paper}. Do not use '
+        return said + [f'without one of the {len(curves.p)} models no horizon is found, so there is no interval{paper}. Do not use '
                        'this exponent: train more widths']
-    if len(found.p) < ENOUGH_POINTS:
-        said.append(f'the line is fitted to {len(found.p)} tangent points only; more widths narrow the interval of the exponent')
+    if len(curves.p) < ENOUGH_MODELS:
+        said.append(f'the horizon is fitted to {len(curves.p)} models only; more widths narrow the interval of the exponent')
     if found.staircase is None or found.exponent_ci[0] <= found.staircase['exponent'] <= found.exponent_ci[1]:
         return said
     reason = '. Its points are correlated, and it has no interval of its own'
@@ -188,46 +182,36 @@ def notes(curves, found):
     if early.any() and len(np.unique(log_p[~early])) > 1:
         reason = (f': {early.sum()} of its {len(early)} points lie where a smaller model becomes the best one again at a larger '
                   f'compute. Without them it gives {_line_fit(log_p[~early], log_compute[~early])[1]:.2f}')
-    return said + [f'the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}, outside the 90% interval of the '
-                   f'tangent points{reason}']
+    return said + [f'the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}, outside the 90% interval of '
+                   f'the fit{reason}']
 
 
 def _line_fit(log_p, log_compute):
-    """(scale, exponent, R²), each [...], of log C* [..., K] = exponent·(log p - log scale) + log 1e15 by least squares."""
-    x, centre = log_p - log_p.mean(), log_compute.mean(-1)
-    y = log_compute - centre[..., None]
-    exponent = (x * y).sum(-1) / (x ** 2).sum()
-    scale = np.exp(log_p.mean() - (centre - np.log(PETA)) / exponent)
-    return scale, exponent, 1 - ((y - exponent[..., None] * x) ** 2).sum(-1) / (y ** 2).sum(-1)
+    """(scale, exponent, R²) of log C* = exponent·(log p - log scale) + log 1e15 by least squares to points [n]."""
+    exponent, offset = np.polyfit(log_p, log_compute - np.log(PETA), 1)
+    return np.exp(-offset / exponent), exponent, np.corrcoef(log_p, log_compute)[0, 1] ** 2
 
 
-def fit(curves, draws=400, seed=0):
-    """The Horizon from the tangent points of the models, with 90% intervals.
+def fit(curves):
+    """The Horizon of the fitted surface, with 90% intervals by the jackknife: the fit is repeated without each of the models.
 
-    A draw resamples the seeds of every model, with deviations multiplied by √(n/(n-1)) as in scaling_law.py. It adds to each
-    tangent point the scatter among models that the seeds do not explain. The tangent points are not resampled too, because that
-    counts the noise of the seeds twice (coverage 98 to 100%, measured). Raises LogError for fewer than two tangent points.
+    What a model's seeds and its departure from the law move is thus in the intervals, also with one seed a model. Raises LogError
+    if the curves have no horizon: fewer than three models, or fewer than two that are evaluated on both sides of their C*.
     """
-    roots = tangent_points(curves, curves.mean)
-    used = np.flatnonzero(np.isfinite(roots))
-    if len(used) < 2:
-        raise LogError(f'the horizon needs at least two models with a smaller and a larger one beside them whose curves '
-                       f'cross, so at least four widths; found {len(used)} among {len(curves.p)} models. Add widths, or train '
-                       'them longer')
-    log_p, found = np.log(curves.p[used]), roots[used]
-    scale, exponent, r2 = (float(value) for value in _line_fit(log_p, found))
-    rng, seeds = np.random.default_rng(seed), [len(loss) for loss in curves.loss]
-    drawn = np.broadcast_to(found, (draws, len(used)))
-    if max(seeds) > 1:
-        resampled = [mean + np.sqrt(n / max(1, n - 1)) * (loss[rng.integers(n, size=(draws, n))].mean(1) - mean)
-                     for loss, mean, n in zip(curves.loss, curves.mean, seeds, strict=True)]
-        drawn = tangent_points(curves, np.stack(resampled, 1))[:, used]
-        drawn = np.where(np.isfinite(drawn), drawn, found)  # a draw may move a tangent point out of the data
-    spread = drawn.std(0) if min(seeds) > 1 else np.full(len(used), np.nan)
-    scale_ci = exponent_ci = None
-    if len(used) > 2:
-        residual = found - exponent * log_p
-        scatter = residual.var() * len(used) / (len(used) - 2)
-        extra = np.sqrt(max(0.0, scatter - drawn.var(0).mean()))
-        scale_ci, exponent_ci = map(interval, _line_fit(log_p, drawn + extra * rng.normal(size=drawn.shape))[:2])
-    return Horizon(scale, exponent, scale_ci, exponent_ci, r2, curves.p[used], np.exp(found), spread, min(seeds), staircase(curves))
+    found, models = _surface(curves), len(curves.p)
+    compute = optimal_compute(curves.p, np.exp(found[0]), found[1]) if found else np.full(models, np.nan)
+    ends = [curves.compute[np.isfinite(row)][[0, -1]] for row in curves.mean]
+    inside = np.array([low < C < high for C, (low, high) in zip(compute, ends, strict=True)])
+    if inside.sum() < 2:
+        raise LogError(f'the horizon needs at least three widths, and two that are trained past it; found {inside.sum()} such '
+                       f'among {models} models. Add widths, or train them longer')
+    without = [_surface(Curves(curves.compute, np.delete(curves.p, i), curves.loss[:i] + curves.loss[i + 1:]))
+               for i in range(models)]
+    intervals = [None, None]
+    if all(without):
+        values = np.array(without)[:, :2]
+        deviation = ndtri(0.5 + LEVEL / 2) * np.sqrt((models - 1) * values.var(0))
+        log_scale, exponent = zip(found[:2] - deviation, found[:2] + deviation, strict=True)
+        intervals = [np.exp(log_scale).tolist(), [float(end) for end in exponent]]
+    return Horizon(float(np.exp(found[0])), float(found[1]), *intervals, found[2], curves.p[inside], compute[inside],
+                   staircase(curves))

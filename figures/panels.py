@@ -133,24 +133,24 @@ def quality(cases):
 
 
 def horizon(curves, result):
-    """Constant-rate curves with their frontier and tangent points, and C* against p with the fitted line (fig. 10)."""
+    """Constant-rate curves with their frontier and each model's C*, and C* against p with the paper's own kind of fit (fig. 10)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.7))
     C, found = curves.compute / PETA, result.compute / PETA
-    for loss, colour in zip(curves.loss, style.colours(curves.p), strict=True):
-        left.plot(C, loss.mean(0), color=colour, lw=1)
+    for p, loss, colour in zip(curves.p, curves.mean, style.colours(curves.p), strict=True):
+        left.plot(C, loss, color=colour, lw=1)
+        for own in found[result.p == p]:
+            left.plot(own, np.interp(own, C[np.isfinite(loss)], loss[np.isfinite(loss)]), 'o', ms=4, color=colour)
     frontier, _ = horizons.envelope(curves)
     left.plot(C, frontier, color='black', lw=2.2, alpha=0.35, label='compute-optimal frontier')
-    left.plot(found, np.interp(np.log(found), np.log(C), frontier), 'o', ms=4, color='black', label='tangent points')
     start = found.min() / 30
     shown = frontier[np.isfinite(frontier) & (C > start)]
     left.set(**LOSS_OF_COMPUTE, title='constant learning rate, seed means', xlim=(start, C[-1]),
              ylim=(shown.min() * 0.95, shown.max() * 1.5))
     style.plain_log(left.yaxis)
-    right.errorbar(result.p, found, yerr=found * result.spread, fmt='o', ms=4, color='black', capsize=2,
-                   label='tangent points (± s.e. over seeds)' if result.seeds > 1 else 'tangent points')
     ends, steps, ci = curves.p[[0, -1]], result.staircase, result.exponent_ci
     right.plot(ends, horizons.optimal_compute(ends, result.scale, result.exponent) / PETA, color=style.BLUE,
                label=f'(p / {result.scale:.4g})$^{{{result.exponent:.3f}}}$')
+    right.plot(result.p, found, 'o', ms=4, color=style.BLUE, label='models trained past C*')
     if steps:
         right.plot(ends, horizons.optimal_compute(ends, steps['scale'], steps['exponent']) / PETA, ':', color=style.RED,
                    label=f'staircase fit: (p / {steps["scale"]:.4g})$^{{{steps["exponent"]:.3f}}}$')

@@ -66,8 +66,8 @@ def horizon(argv):
     table, more = horizons.constant_rate(table)
     curves = horizons.smooth_curves(table, args.min_compute, args.max_compute)
     result = horizons.fit(curves)
-    lines = [f'C* = (p / scale)^exponent · 1e15 FLOPs from {len(result.p)} tangent points of {len(curves.p)} models; data exponent '
-             'γ = exponent - 1:', commands.text(summary(result))]
+    lines = [f'C* = (p / scale)^exponent · 1e15 FLOPs from {len(curves.p)} models, {len(result.p)} of them trained past it; '
+             'data exponent γ = exponent - 1:', commands.text(summary(result))]
     if result.staircase:
         lines.append('fit to the steps of the envelope, as in the paper: scale {scale:.6g}, exponent {exponent:.4f}'.format(
             **result.staircase))

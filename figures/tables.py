@@ -74,7 +74,7 @@ def sizes(table):
 def horizon_row(name, table):
     found = horizon.fit(horizon.smooth_curves(table))
     return {'log': name, **sizes(table), 'κ': number(found.scale, found.scale_ci),
-            '1+γ': number(found.exponent, found.exponent_ci, 3), 'tangent points': f'{len(found.p)}'}
+            '1+γ': number(found.exponent, found.exponent_ci, 3), 'trained past C*': f'{len(found.p)}'}
 
 
 def ladder_row(name, table):

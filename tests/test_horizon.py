@@ -37,11 +37,11 @@ def noisy_curves(rng, models=8, seeds=5, offset=3e-3, jitter=5e-3, nu=0.5):
 def test_clean_curves_give_the_planted_horizon():
     curves = horizon.smooth_curves(planted(seeds=1, offset=0, jitter=0, evals=400))
     found = horizon.fit(curves)
-    # A discrete ladder of models a factor of 2 apart: the three-point derivative is off by a few per cent of C*.
-    assert found.exponent == pytest.approx(EXPONENT, abs=0.02) and found.scale == pytest.approx(SCALE, rel=0.03)
-    assert len(found.p) == 4                                                    # of six: the ends are dropped
+    # A sum of power laws is a parabola in log(C/C*) near C* only: 1% in scale and exponent with weights as wide as ours.
+    assert found.exponent == pytest.approx(EXPONENT, abs=0.04) and found.scale == pytest.approx(SCALE, rel=0.03)
+    np.testing.assert_allclose(found.compute, horizon.optimal_compute(found.p, found.scale, found.exponent), rtol=1e-9)
     uneven = curves._replace(p=np.delete(curves.p, 2), loss=curves.loss[:2] + curves.loss[3:])
-    assert horizon.fit(uneven).exponent == pytest.approx(EXPONENT, abs=0.05)    # a gap in the ladder
+    assert horizon.fit(uneven).exponent == pytest.approx(EXPONENT, abs=0.04)    # a gap in the ladder
 
 
 def test_compute_of_the_rule():
@@ -57,7 +57,7 @@ def test_coverage_of_the_90_percent_intervals():
     hits, errors = [], []
     for seed in range(200):
         curves, scale, exponent = noisy_curves(np.random.default_rng(seed), nu=0.45)
-        found = horizon.fit(curves, draws=100, seed=seed)
+        found = horizon.fit(curves)
         hits.append([found.scale_ci[0] <= scale <= found.scale_ci[1],
                      found.exponent_ci[0] <= exponent <= found.exponent_ci[1]])
         errors.append([np.log(found.scale / scale), found.exponent - exponent])
@@ -66,16 +66,17 @@ def test_coverage_of_the_90_percent_intervals():
     assert (np.abs(np.mean(errors, 0)) < 0.5 * np.std(errors, 0)).all()
 
 
-def test_with_one_seed_the_intervals_come_from_the_models():
-    found = horizon.fit(horizon.smooth_curves(planted(seeds=1)))
-    assert found.seeds == 1 and np.isnan(found.spread).all() and np.ptp(found.exponent_ci) > 0
+def test_one_model_off_the_law_widens_the_intervals():
+    """Curves of one seed without noise, and the same with one of six models 2% above the law."""
+    curves = horizon.smooth_curves(planted(seeds=1, offset=0, jitter=0, evals=400))
+    off = curves._replace(loss=[loss * (1.02 if i == 3 else 1) for i, loss in enumerate(curves.loss)])
+    assert np.ptp(horizon.fit(off).exponent_ci) > 5 * np.ptp(horizon.fit(curves).exponent_ci) > 0
 
 
 def test_too_little_is_refused():
-    with pytest.raises(logs.LogError, match='at least two models'):
-        horizon.fit(horizon.smooth_curves(planted(models=3)))
-    with pytest.raises(logs.LogError, match='at least two models'):
-        horizon.fit(horizon.smooth_curves(planted(models=1)))
+    for models, past in ((2, 10.0), (1, 10.0), (6, 0.5)):  # two widths, one width, runs that end before their horizon
+        with pytest.raises(logs.LogError, match='at least three widths, and two that are trained past it'):
+            horizon.fit(horizon.smooth_curves(planted(models=models, past=past)))
     with pytest.raises(logs.LogError, match='none .schedules: linear'):
         horizon.constant_rate(power_law_table(np.random.default_rng(0)))
     with pytest.raises(logs.LogError, match='needs num_params'):
@@ -88,8 +89,8 @@ def test_a_note_says_why_the_steps_of_the_envelope_disagree():
     found = horizon.fit(curves)
     assert found.exponent_ci[0] < found.staircase['exponent'] < found.exponent_ci[1]
     agreed = horizon.notes(curves, found)
-    assert len(agreed) == 2 and 'one seed' in agreed[0] and '4 tangent points only' in agreed[1]
-    early = curves.compute < 0.3 * found.compute[0]
+    assert agreed == []
+    early = curves.compute < 0.3 * found.compute[1]
     disturbed = curves._replace(loss=[loss * np.where(early, 0.5, 1) if i == 3 else loss for i, loss in enumerate(curves.loss)])
     moved = horizon.fit(disturbed)
     assert abs(moved.exponent - found.exponent) < 0.05 < 0.5 < abs(moved.staircase['exponent'] - found.staircase['exponent'])
@@ -102,14 +103,15 @@ def test_command(tmp_path):
     logs.write_parquet(planted(), tmp_path / 'log.parquet', source='planted')
     done = command(tmp_path / 'log.parquet', '--json', '--out', tmp_path / 'figure.pdf', module='horizon')
     result = json.loads(done.stdout)
-    assert {'scale', 'exponent', 'scale_ci', 'exponent_ci', 'r2'} <= set(result)
+    assert {'scale', 'exponent', 'scale_ci', 'exponent_ci', 'residual', 'p', 'compute'} <= set(result)
     assert result['exponent_ci'][0] <= EXPONENT <= result['exponent_ci'][1]
     assert (tmp_path / 'figure.pdf').read_bytes().startswith(b'%PDF')
 
 
 def test_chess_horizon_agrees_with_the_published_one():
-    """855499 and 2.0268 were published from these runs and a narrower model: inside our 90% intervals."""
+    """855499 and 2.0268 were published from these runs and a narrower model: inside our 90% intervals, near the middle."""
     table, _ = horizon.constant_rate(logs.clean(logs.load(paper_log('chess_const')))[0])
     found = horizon.fit(horizon.smooth_curves(table))
     assert found.exponent_ci[0] <= 2.02678 <= found.exponent_ci[1] and found.scale_ci[0] <= 855499 <= found.scale_ci[1]
+    assert found.exponent == pytest.approx(2.02678, abs=0.05)
     assert found.staircase['exponent'] == pytest.approx(2.02678, abs=0.06)

@@ -30,7 +30,7 @@ def test_each_kind_of_log_has_its_row(tmp_path, capsys):
 
 
 def test_the_reason_for_a_missing_row_is_printed(tmp_path, capsys):
-    """Two models have no tangent point."""
+    """Two models have no horizon."""
     table = power_law_table(np.random.default_rng(0), models=2, past=10.0, schedule='const', evals=60)
     logs.write_parquet(table, tmp_path / 'two.parquet', source='planted')
     tables.main([str(tmp_path / 'two.parquet')])
