@@ -87,9 +87,9 @@ def normalise(curves, L0, by='own'):
     L(1) is the run's own with by='own'. With by='expected' it is the mean over the seeds of the model; the noise that a run shares
     with its own end then does not cancel (§3.3). L0 may have leading axes. Raises LogError unless L0 is below every final loss.
     """
-    L0 = np.asarray(L0, float)
-    if not (L0 < curves.loss[:, -1].min()).all():
-        raise LogError(f'L0={L0.max():g} is not below every final loss (the smallest is {curves.loss[:, -1].min():.6g})')
+    L0, least = np.asarray(L0, float), curves.loss[..., -1].min(-1)
+    if not (L0 < least).all():
+        raise LogError(f'L0={L0.max():g} is not below every final loss (the smallest is {least.min():.6g})')
     reducible = curves.loss - L0[..., None, None]
     final = reducible[..., -1:]
     if by == 'expected':

@@ -7,6 +7,7 @@ from figures import beyond_commands, paper_commands, report, tables
 
 COMMANDS = {  # name: (function of the arguments that follow the name, help)
     'collapse': (paper_commands.collapse, 'scaling law, collapse tolerance Δ against noise floor σ, where supercollapse begins'),
+    'power': (paper_commands.power, 'the smallest error in γ that Δ shows, and the Δ that the law predicts for wrong γ'),
     'horizon': (paper_commands.horizon, 'compute-optimal horizon C* = (p / scale)^exponent from constant-rate runs'),
     'schedules': (paper_commands.schedules, 'noise coefficient α, and loss curves predicted for other learning-rate schedules'),
     'conditions': (paper_commands.conditions, 'which of tokens per parameter, schedule, warm-up, batch and AdamW timescale differ'),

@@ -1,10 +1,11 @@
-"""The commands of the paper's analysis: collapse, horizon, schedules, reproduced, conditions."""
+"""The commands of the paper's analysis: collapse, power, horizon, schedules, reproduced, conditions."""
 
 import numpy as np
 
 from analysis import collapse as collapsing
 from analysis import conditions as conditioning
 from analysis import horizon as horizons
+from analysis import power as powers
 from analysis import reproduced as reproducing
 from analysis import scaling_law
 from analysis import schedules as scheduling
@@ -55,6 +56,52 @@ def collapse(argv):
     lines.append(f'farthest from the mean curve: the model with {worst["num_params"]:.4g} parameters ({worst["departure"]:.2%}); '
                  f'farthest from its own model: run {odd["run"]} ({odd["departure"]:.2%})')
     commands.finish(args, result, lines, notes + more, 'panels.collapse', {'': (table, result)})
+
+
+def power(argv):
+    parse = commands.parser(powers.__doc__.splitlines()[0], 'power')
+    parse.add_argument('--L0', type=float, metavar='X', help='hold the irreducible loss instead of fitting it')
+    parse.add_argument('--const', metavar='LOG', help='constant-rate runs, to fit µ and s to instead of taking them from b and γ')
+    parse.add_argument('--beside', metavar='LOG', action='append', default=[],
+                       help='a misscaled ladder with models of this one: its Δ beside the predicted one (can be repeated)')
+    parse.add_argument('--gamma', type=float, metavar='F', default=0.8, help='the error whose price is printed: F·γ (default 0.8)')
+    parse.add_argument('--seeds', type=int, metavar='N', help='a planned ladder with N seeds of every model')
+    parse.add_argument('--more', type=int, metavar='N', default=0, help='a planned ladder with N larger models, at the same steps')
+    args = parse.parse_args(argv)
+    if args.out:
+        raise LogError('power draws no figure; leave out --out')
+    for name, least, value in (('--seeds', 1, args.seeds), ('--more', 0, args.more), ('--gamma', 0, args.gamma)):
+        if value is not None and value < least:
+            raise LogError(f'{name} {value:g} must be at least {least}')
+    table, notes, copies = commands.read(args)
+    constant = horizons.constant_rate(clean(load(args.const))[0])[0] if args.const else None
+    result, ladder, more = powers.analyse(table, args.L0, constant, args.gamma, args.seeds, args.more)
+    result['beside'] = {log: powers.compare(ladder, clean(load(log))[0]) for log in args.beside}
+    x, span = result['x'], result['num_params'][-1] / result['num_params'][0]
+    shown = {'x': x, 'Δ of the log': result['delta'], 'threshold': result['threshold']}
+    for name, sizes in result['smallest'].items():
+        of_largest = name in ('excess', 'noise')  # printed for the largest model
+        label = {'excess': 'loss of largest ×', 'noise': 'N of largest ×'}.get(name, f'{name.replace("_", " ")} ×')
+        shown[label] = span ** sizes if of_largest else sizes
+    half = np.abs(x - 0.5).argmin()
+    predictions = [{'γ ×': one['factor'], **{f'Δ({at:g})': value for at, value in zip(x, one['delta'], strict=True)},
+                    **{f'{label} Δ({x[half]:g})': one[key][half] for label, key in (('L0 refitted', 'delta_refit'),
+                                                                             ('eq. 7 alone', 'delta_law'))}}
+                   for one in result['predicted']]
+    lines = [f'{len(result["num_params"])} models, p = {result["num_params"][0]:.4g} to {result["num_params"][-1]:.4g}, seeds per '
+             f'model: {value_range(result["seeds_per_model"])}; L0 = {result["fit"]["L0"]:.4g}, γ = {result["gamma"]:.3f}, '
+             f'µ = {result["mu"]:.3f}, s = {result["share"]:.2f}',
+             f'smallest errors that Δ shows with {result["power"]:.0%} power at {result["false_alarms"]:.0%} false alarms (–: none '
+             'that was tried):', commands.text(shown), 'the same with L0 refitted:',
+             commands.text({'x': x, 'threshold': result['threshold_refit']} |
+                           {f'{name.replace("_", " ")} ×': sizes for name, sizes in result['smallest_refit'].items()}),
+             f'what would show {args.gamma:g}·γ: seeds per model, or models at the same steps up to p:',
+             commands.text({'x': x} | result['needed']),
+             'predicted Δ, median, for other γ at the same total compute:', commands.text(predictions)]
+    for log, one in result['beside'].items():
+        lines += [f'{log} beside the prediction for its horizons:', commands.text({'x': x} | {
+            key: one[key] for key in ('measured', 'delta', 'delta_law', 'p_value', 'measured_refit', 'delta_refit')})]
+    commands.finish(args, result | {'duplicates_dropped': copies}, lines, notes + more)
 
 
 def horizon(argv):
