@@ -168,7 +168,8 @@ def test_constant_rate_runs_give_the_law():
     assert found.mu == pytest.approx(MU, rel=0.02) and found.share == pytest.approx(GAMMA / (1 + GAMMA), rel=0.05)
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(power, 'DRAWS', 200)  # fast, and precise enough for what is asked here
     rng, paths = np.random.default_rng(10), {name: tmp_path / f'{name}.parquet' for name in ('good', 'bad', 'single')}
     logs.write_parquet(log(rng), paths['good'])
     logs.write_parquet(log(rng, seeds=1, horizon=0.5 * (P / P[0]) ** 0.4), paths['bad'])
