@@ -22,7 +22,7 @@ X = (0.25, 0.5, 0.75, 0.9)
 POWER, FALSE_ALARMS, DRAWS = 0.9, 0.05, 1000
 SEEDS, MOST_MODELS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50), 12   # seeds per model, and models more, that are tried
 FACTORS = (0.6, 0.8, 1.0, 1.2, 1.4)  # of γ, whose Δ is predicted
-LATE = 0.3  # x from which our constant-rate curves are a sum of two power laws, to 2%
+LATE = 0.3  # x from which our constant-rate curves are a sum of two power laws, to 3%
 
 
 class Ladder(NamedTuple):
