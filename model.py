@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-LONG = 512  # tokens from which GPUs and TPUs take the queries in pieces
+LONG = 512  # tokens from which GPUs take the queries in pieces
 
 
 def weight(rngs, shape, std, role):
@@ -119,34 +119,34 @@ class Attention(nnx.Module):
         return mixed.reshape(h.shape) @ self.out.astype(h.dtype).reshape(D, D)
 
 
-IMPLEMENTATIONS = ('pieces', 'xla', 'cudnn')  # of the attention
+IMPLEMENTATIONS = ('pieces', 'large pieces', 'xla', 'cudnn')  # of the attention
 
 
 def attention_for(cfg, device) -> str:
-    """One of IMPLEMENTATIONS for this device: 'pieces' of queries, 'xla' (JAX's plain call) or 'cudnn' (fused).
+    """One of IMPLEMENTATIONS for this device: 'pieces' or 'large pieces' of queries, 'xla' (JAX's plain call) or 'cudnn' (fused).
 
-    cuDNN's kernels take bfloat16 and heads of up to 128. Otherwise a GPU or TPU needs less memory with JAX's call for short
-    sequences, and with pieces for long ones (docs/performance.md).
+    cuDNN's kernels take bfloat16 and heads of up to 128. Otherwise a GPU needs less memory with JAX's call for short sequences, and
+    with pieces for long ones. A TPU needs less with pieces that fill its matrix unit (docs/performance.md).
     """
     if device.platform == 'cpu':
         return 'pieces'
     if 'NVIDIA' in device.device_kind and compute_dtype(cfg) == jnp.bfloat16 and cfg.dh % 8 == 0 and cfg.dh <= 128:
         return 'cudnn'
-    return 'pieces' if cfg.L >= LONG else 'xla'
+    return 'large pieces' if device.platform == 'tpu' or cfg.L >= LONG else 'xla'
 
 
 def causal_attention(q, k, v, implementation):
     """softmax(q kᵀ/√K) v over the positions up to each query's own. q, k, v and the result are [B, S, H, K]; q and k have unit rms.
 
-    'pieces' takes the queries in pieces, each with the keys up to its last query. That leaves out nearly half of the scores, and on
-    a CPU the rest stays in the caches. Scores of unit-rms vectors are at most √K, so exp needs no maximum subtracted, and the
-    normalisation can follow the product with v. The others are JAX's.
+    'pieces' takes 64 queries or more at a time, 'large pieces' 128 or more, each with the keys up to its last query. That leaves
+    out nearly half of the scores of long sequences, and on a CPU the rest stays in the caches. Scores of unit-rms vectors are at
+    most √K, so exp needs no maximum subtracted, and the normalisation can follow the product with v. The others are JAX's.
     """
-    if implementation != 'pieces':
+    if implementation in ('xla', 'cudnn'):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     S, K = q.shape[1], q.shape[-1]
     q, k, v = (a.swapaxes(1, 2) for a in (q * K**-0.5, k, v))  # [B, H, S, K]
-    size = max(64, S // 8)
+    size = max(128 if implementation == 'large pieces' else 64, S // 8)
     pieces = []
     for start in range(0, S, size):
         end = min(start + size, S)

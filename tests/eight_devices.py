@@ -76,31 +76,39 @@ def restored_checkpoint(run):
 # With a large eps Adam's first steps are smooth in the gradient; with eps = 0 they are its sign, rounding errors included.
 SMOOTH = ('opt.eps=1', 'opt.lr=1', 'opt.embed_lr_mult=1', 'opt.readout_lr_mult=1')
 SHARDINGS = {'whole': (), 'split': ('model.fsdp_enabled=true',), 'split, two seeds': ('model.fsdp_enabled=true', 'seeds=[0,1]'),
-             'a generated language': ('ds_path=bigram', 'model.fsdp_enabled=true'),
+             'split, a generated language': ('ds_path=bigram', 'model.fsdp_enabled=true'),
              'split, shuffled, in pieces': ('model.fsdp_enabled=true', 'shuffle=true', 'opt.B_max=8')}
+MLP = ('mlp', 'model.D=64', 'model.base_D=64', 'opt.B=256', 'T=10240', 'T_eval=2048', 'num_evals=4', *SMOOTH, 'opt.lr=0.01')
+SQUARED = {'Bgvar', 'gvar', 'Buvar', 'uvar', 'g2_mean', 'gmean2', 'u2_mean', 'umean2'}  # of them the square roots are compared
 
 
 def after_ten_steps(run, devices):
-    """The weights, and what an evaluation measures, as float64."""
+    """The weights, what an evaluation measures, as float64, and the largest share of the weights on a device."""
     task = data.open_task(run, run.all_seeds)
     program = programs.build(run, task, devices)
     test, peak_lrs = distributed.put_global(task.test, program.test_sharding), optimizer.peak_lrs(run)
     state = program.init(jnp.stack([jax.random.key(seed) for seed in run.all_seeds]), test)
     raw = distributed.put_global(task.block(0), program.raw_sharding)
     state = program.train(state, peak_lrs, raw, np.ones(task.block_steps, np.float32), np.int32(0), np.int32(10))
+    weights = jax.tree.leaves(state.params)
+    share = sum(w.addressable_shards[0].data.size for w in weights) / sum(w.size for w in weights)
     params = jax.tree.map(np.float64, state.params)
     _, metrics = program.evaluate(state, peak_lrs, test)
-    return params, jax.tree.map(np.float64, metrics)
+    return params, jax.tree.map(np.float64, metrics), share
 
 
 def differences(work):
-    """{sharding: (largest difference of a weight, largest relative one of a metric) between eight devices and one}."""
+    """{sharding: [largest difference of a weight, largest relative one of a metric, share of the weights that a device holds]}.
+
+    Differences are those between eight devices and one.
+    """
     found = {}
-    for name, overrides in SHARDINGS.items():
-        run = resolve(*work, *SMOOTH, *overrides)
-        (one, metrics), (eight, others) = (after_ten_steps(run, jax.devices()[:count]) for count in (1, 8))
-        found[name] = (max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), one, eight))),
-                       max(np.abs(others[key] / metrics[key] - 1).max() for key in metrics))
+    for name, words in ({name: (*work, *SMOOTH, *overrides) for name, overrides in SHARDINGS.items()} | {'MLP': MLP}).items():
+        run = resolve(*words)
+        (one, metrics, _), (eight, others, share) = (after_ten_steps(run, jax.devices()[:count]) for count in (1, 8))
+        weights = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), one, eight)))
+        relative = max(np.abs((others[key] / metrics[key]) ** (0.5 if key in SQUARED else 1) - 1).max() for key in metrics)
+        found[name] = [weights, relative, share]
     return found
 
 
@@ -126,8 +134,8 @@ def main():
     programs.WHOLE_BYTES = 0  # the weights of these small models are split too
     devices = jax.devices()
 
-    def measure(*overrides, count=8):
-        run = resolve(*work, *overrides)
+    def measure(words, count=8):
+        run = resolve(*words)
         return dry_run.measure(run, dry_run.open_stand_in(run), devices[:count])
 
     sharded = (*work, 'model.fsdp_enabled=true')
@@ -136,9 +144,9 @@ def main():
     train_to(interrupted, 20)
     found = {'checkpoint': restored_checkpoint(interrupted)}
     train.train(interrupted)
-    found['arguments'] = measure('model.D=256', 'model.base_D=256', 'model.dh=64', 'model.fsdp_enabled=true')['arguments']
+    found['arguments'] = measure([*sharded, 'model.D=256', 'model.base_D=256', 'model.dh=64'])['arguments']
     found['differences'] = differences(work)
-    found['step_flops'] = [measure('opt.B_max=8', count=count)['flops'] for count in (1, 8)]
+    found['step_flops'] = [[measure(words, count)['flops'] for count in (1, 8)] for words in ([*work, 'opt.B_max=8'], MLP)]
     print(json.dumps(found))
 
 

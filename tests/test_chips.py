@@ -7,6 +7,7 @@ from functools import cache
 import jax
 import pytest
 
+import model as models
 from trainer import chips, config, dry_run
 
 TPU, GPU = 'v5e', 'h100'
@@ -17,6 +18,7 @@ os.environ['XLA_FLAGS'] = ''  # conftest.py turns optimisations off
 # Five is a factor of the batch and of no weight, and so of the size of every array that holds something of the examples.
 SMALL = ('chess', 'ds_path=absent', 'model.D=512', 'model.base_D=512', 'model.N=2', 'opt.B=40', 'T_eval=10240', 'T=1e8')
 FSDP = (*SMALL, 'model.fsdp_enabled=true')
+MUON = (*FSDP, 'opt.name=muon')
 HOST = re.compile(r'\b(infeed|outfeed|send|recv)(-done)?\(|is_host_transfer=true|callback|:S\(5\)|\)S\(5\)')  # S(5): host memory
 
 
@@ -44,7 +46,8 @@ def test_state_is_donated_and_nothing_visits_the_host(compiled, chip):
     assert HOST.search('%x = (f32[8], token[]) recv(%token)') and HOST.search('f32[8]{0:T(8)S(5)} copy')  # the control
 
 
-@pytest.mark.parametrize('chip, words', [(TPU, FSDP), (GPU, FSDP), (GPU, (*FSDP, 'model.dtype=bfloat16', 'seeds=[0,1]'))])
+@pytest.mark.parametrize('chip, words', [(TPU, FSDP), (GPU, FSDP), (GPU, (*FSDP, 'model.dtype=bfloat16', 'seeds=[0,1]')),
+                                         (GPU, MUON)])
 def test_with_fsdp_weights_and_gradients_travel_and_activations_do_not(compiled, chip, words):
     n = 8
     run, found = compiled(chip, n, *words)
@@ -54,7 +57,8 @@ def test_with_fsdp_weights_and_gradients_travel_and_activations_do_not(compiled,
             # One all-reduce may join small weights and sums in a row. The smallest activation is [5, 128, 512].
             assert math.prod(shape) % 5 or len(shape) == 1 and shape[0] < 5 * 128 * 512, (kind, shape)
     weights = 4 * len(run.all_seeds) * run.derived.num_params
-    assert weights / 8 < sum(found['collectives'].values()) < 1.5 * (2 * weights + weights / n)
+    muon = 15 * weights if run.opt.name == 'muon' else 0  # three products of split matrices in each of five Newton-Schulz steps
+    assert weights / 8 < sum(found['collectives'].values()) < 1.5 * (2 * weights + weights / n) + muon
 
 
 def test_without_fsdp_the_gradient_alone_travels(compiled):
@@ -71,6 +75,13 @@ def test_eight_devices_hold_a_sixth_of_parameters_and_moments_at_most(compiled, 
     assert found['arguments'] < alone / 3  # by the compiler's count, with data and probe, which a TPU pads
 
 
+def test_muon_splits_the_one_moment_of_a_hidden_weight(compiled):
+    """A fifth at most, not a sixth: the embeddings, which are small and whole here, weigh more beside it."""
+    run, found = compiled(GPU, 8, *MUON)
+    alone = 3 * 4 * run.derived.num_params - 4 * models.param_groups(run.arch, run.model)['hidden']
+    assert alone / 8 < found['parameters'] + found['moments'] < alone / 5
+
+
 def scores(text, L):
     """Whether an array of the program has two axes of L in a row, as a head's attention scores have."""
     return re.search(rf'\[(\d+,)+{L},{L}\]', text) is not None
@@ -83,6 +94,13 @@ def test_attention_kernel_is_there_where_it_should_be(compiled):
     fused, plain = text('model.dtype=bfloat16'), text()
     assert {'__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'} <= set(re.findall(r'custom_call_target="([^"]*)"', fused))
     assert '__cudnn' not in plain and scores(plain, 128) and not scores(fused, 128)
+
+
+def test_long_sequences_have_no_whole_scores_on_a_tpu(compiled):
+    """No axes [L, L] in a row: 1,024 queries are taken in pieces of 128."""
+    _, found = compiled(TPU, 1, *SMALL, 'model.D=128', 'model.base_D=128', 'model.N=1', 'model.L=1024', 'opt.B=8',
+                        'T_eval=16384')
+    assert all(re.search(r'\[(\d+,)+128,1024\]', p.as_text()) and not scores(p.as_text(), 1024) for p in found['programs'])
 
 
 def test_float16_is_refused(resolve):

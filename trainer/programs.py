@@ -172,8 +172,10 @@ def loss_sum(problem, params, batch):
 def batch_gradient(problem, params, batch):
     """((loss sum, weight), gradient of the mean loss) of a batch, accumulated over run.derived.microbatches pieces.
 
-    params are whole on every device. The gradient is stored like the weights.
+    params are gathered here, so that an evaluation's passes keep no whole weights. The gradient is stored like the weights.
     """
+    params = gather(problem, params)
+
     def piece_gradient(batch):
         (total, weight), g = jax.value_and_grad(partial(loss_sum, problem), has_aux=True)(params, batch)
         return total, weight, scatter(problem, g)
@@ -193,13 +195,13 @@ def batch_gradient(problem, params, batch):
 def probe(problem, params, test):
     """Features and logits, float32, of the first rows of the first test batch."""
     rows = jax.lax.with_sharding_constraint(test.x[0, :problem.probe_rows], NamedSharding(problem.mesh, problem.probe_spec))
-    f, h = nnx.merge(problem.graphdef, params)(rows)
+    f, h = nnx.merge(problem.graphdef, gather(problem, params))(rows)
     return h.astype(jnp.float32), f
 
 
 def train_step(problem, state, peak_lrs, batch, lr_scale):
     """The state after one update, with the learning rates peak_lrs · lr_scale."""
-    (total, weight), g = batch_gradient(problem, gather(problem, state.params), batch)
+    (total, weight), g = batch_gradient(problem, state.params, batch)
     updates, moments = problem.transform.update(g, state.moments, state.params)
     params = optimizer.apply_updates(state.params, updates, peak_lrs, lr_scale)
     return state._replace(params=params, moments=moments, step=state.step + 1,
@@ -210,9 +212,8 @@ def evaluate(problem, state, peak_lrs, test):
     """(state with the running training loss reset, {name: scalar}): losses and gradient trace on the test batches [n, B, …]."""
     run = problem.run
     P = optimizer.preconditioner(state.moments, peak_lrs, run)
-    params = gather(problem, state.params)
-    (totals, weights), trace = optimizer.gradient_trace(partial(batch_gradient, problem, params), test, P, run.opt.B)
-    h, f = probe(problem, params, test)
+    (totals, weights), trace = optimizer.gradient_trace(partial(batch_gradient, problem, state.params), test, P, run.opt.B)
+    h, f = probe(problem, state.params, test)
     metrics = {'test_loss': jnp.sum(totals) / jnp.sum(weights), 'train_loss': state.loss_sum / state.loss_count, **trace,
                'h': rms(h), 'f': rms(f), 'dh': rms(h - state.probe[0]), 'df': rms(f - state.probe[1])}
     return state._replace(loss_sum=jnp.float32(0), loss_count=jnp.int32(0), probe=(h, f)), metrics
