@@ -9,8 +9,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-LONG = 512  # tokens from which GPUs take the queries in pieces
+LONG = 512  # tokens from which GPUs take the queries in pieces, and TPUs Pallas' kernel
 
 
 def weight(rngs, shape, std, role):
@@ -72,7 +73,7 @@ class Transformer(nnx.Module):
     p = 2VD + LD + N(4 + 2·mlp_expansion)D².
     """
 
-    def __init__(self, cfg, rngs, attention='pieces'):
+    def __init__(self, cfg, rngs, attention=None):
         D = cfg.D
         std = cfg.init_std_mult / math.sqrt(D)
         embed_std = cfg.init_std_mult * cfg.embed_init_std
@@ -104,10 +105,13 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal attention with RMS-normalised queries and keys per head, scores scaled by 1/√K, by one of IMPLEMENTATIONS."""
+    """Causal attention with RMS-normalised queries and keys per head, scores scaled by 1/√K.
 
-    def __init__(self, D, K, std, rngs, implementation):
-        self.implementation = implementation
+    attention: causal_attention or a partial of it.
+    """
+
+    def __init__(self, D, K, std, rngs, attention):
+        self.attention = attention or causal_attention
         self.qkv = weight(rngs, (D, 3, D // K, K), std, 'hidden')
         self.out = weight(rngs, (D // K, K, D), 0, 'hidden')
 
@@ -115,33 +119,38 @@ class Attention(nnx.Module):
         D, _, H, K = self.qkv.shape
         qkv = rms_norm(h) @ self.qkv.astype(h.dtype).reshape(D, 3 * D)  # one matrix product: einsum would transpose its result
         q, k, v = (a.reshape(*a.shape[:-1], H, K) for a in jnp.split(qkv, 3, -1))  # each [B, S, H, K]
-        mixed = causal_attention(rms_norm(q), rms_norm(k), v, self.implementation)
+        mixed = self.attention(rms_norm(q), rms_norm(k), v)
         return mixed.reshape(h.shape) @ self.out.astype(h.dtype).reshape(D, D)
 
 
-IMPLEMENTATIONS = ('pieces', 'large pieces', 'xla', 'cudnn')  # of the attention
+IMPLEMENTATIONS = ('pieces', 'large pieces', 'splash', 'xla', 'cudnn')  # of the attention
 
 
 def attention_for(cfg, device) -> str:
-    """One of IMPLEMENTATIONS for this device: 'pieces' or 'large pieces' of queries, 'xla' (JAX's plain call) or 'cudnn' (fused).
+    """One of IMPLEMENTATIONS for this device: 'pieces' or 'large pieces' of queries, 'xla' (JAX's plain call), or a fused kernel.
 
     cuDNN's kernels take bfloat16 and heads of up to 128. Otherwise a GPU needs less memory with JAX's call for short sequences, and
-    with pieces for long ones. A TPU needs less with pieces that fill its matrix unit (docs/performance.md).
+    with pieces for long ones. A TPU needs least with splash, whose blocks have 128 tokens or more, for long sequences, and for
+    short ones with pieces that fill its matrix unit (docs/performance.md).
     """
     if device.platform == 'cpu':
         return 'pieces'
     if 'NVIDIA' in device.device_kind and compute_dtype(cfg) == jnp.bfloat16 and cfg.dh % 8 == 0 and cfg.dh <= 128:
         return 'cudnn'
+    if device.platform == 'tpu' and cfg.L >= LONG and cfg.L % 128 == cfg.dh % 8 == 0:
+        return 'splash'
     return 'large pieces' if device.platform == 'tpu' or cfg.L >= LONG else 'xla'
 
 
-def causal_attention(q, k, v, implementation):
+def causal_attention(q, k, v, implementation='pieces', mesh=None):
     """softmax(q kᵀ/√K) v over the positions up to each query's own. q, k, v and the result are [B, S, H, K]; q and k have unit rms.
 
     'pieces' takes 64 queries or more at a time, 'large pieces' 128 or more, each with the keys up to its last query. That leaves
     out nearly half of the scores of long sequences, and on a CPU the rest stays in the caches. Scores of unit-rms vectors are at
     most √K, so exp needs no maximum subtracted, and the normalisation can follow the product with v. The others are JAX's.
     """
+    if implementation == 'splash':
+        return splash_attention(q, k, v, mesh)
     if implementation in ('xla', 'cudnn'):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     S, K = q.shape[1], q.shape[-1]
@@ -155,6 +164,24 @@ def causal_attention(q, k, v, implementation):
         weights = jnp.where(seen, jnp.exp(scores), 0)
         pieces.append(weights.astype(v.dtype) @ v[:, :, :end] / jnp.sum(weights, -1, keepdims=True))
     return jnp.concatenate(pieces, axis=2).swapaxes(1, 2).astype(v.dtype)
+
+
+def splash_attention(q, k, v, mesh):
+    """causal_attention by splash, Pallas' kernel for TPUs, which keeps no scores. Every device takes its examples of the batch.
+
+    Positions are the last axis in memory, since a TPU pads that one to a multiple of 128, and a head's size is 64.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    B, S, H, K = q.shape
+    names = ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv', 'block_kv_dkv_compute')
+    sizes = splash.BlockSizes(**dict.fromkeys(names, math.gcd(S, 512)), use_fused_bwd_kernel=True,
+                              **dict.fromkeys(('q_layout', 'k_layout', 'v_layout'), splash.QKVLayout.SEQ_MINOR))
+    kernel = splash.make_splash_mha(masks.MultiHeadMask([masks.CausalMask((S, S))] * H), block_sizes=sizes, head_shards=1,
+                                    q_seq_shards=1, interpret=mesh.devices.flat[0].platform == 'cpu')  # in tests
+    spec = PartitionSpec('data' if B % mesh.size == 0 else None)
+    over_batch = jax.shard_map(jax.vmap(kernel), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return over_batch(*(a.swapaxes(1, 2) for a in (q * K**-0.5, k, v))).swapaxes(1, 2)
 
 
 class FeedForward(nnx.Module):

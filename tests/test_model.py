@@ -211,22 +211,23 @@ def test_depth_scales_the_branches(cfg_of, arch, factor):
     np.testing.assert_allclose(step[True], factor * step[False], atol=1e-5 * abs(step[True]).max())  # float32 rounding of h
 
 
-@pytest.mark.parametrize('implementation', ['pieces', 'large pieces'])
+@pytest.mark.parametrize('implementation, S', [('pieces', 200), ('large pieces', 200), ('splash', 384)])
 @pytest.mark.parametrize('dtype, size', [('float32', 1e-5), ('bfloat16', 0.03)])
-def test_attention_in_pieces_equals_attention(implementation, dtype, size):
-    """Value and gradients over 200 positions, in pieces of 64 or 128 and a rest, with the largest possible score (q = k)."""
-    q, k, v, g = (jax.random.normal(key, (2, 200, 2, 16), dtype) for key in jax.random.split(jax.random.key(0), 4))
+def test_attention_in_pieces_equals_attention(implementation, S, dtype, size):
+    """Value and gradients, with the largest possible score (q = k), in pieces of 64 or 128 and a rest, or in blocks of 128."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ('data',))
+    q, k, v, g = (jax.random.normal(key, (2, S, 2, 16), dtype) for key in jax.random.split(jax.random.key(0), 4))
     q, k = models.rms_norm(q), models.rms_norm(k)
     k = k.at[:, 150].set(q[:, 170])
 
     def result_and_gradients(implementation, *inputs):
-        mixed, backward = jax.vjp(lambda *a: models.causal_attention(*a, implementation), *inputs)
+        mixed, backward = jax.vjp(lambda *a: models.causal_attention(*a, implementation, mesh), *inputs)
         return jax.tree.map(np.float32, (mixed, backward(g.astype(mixed.dtype))))
 
     pieces, xla = (result_and_gradients(name, q, k, v) for name in (implementation, 'xla'))
     exact = result_and_gradients('xla', *(a.astype('float32') for a in (q, k, v)))
     for a, b, c in zip(*map(jax.tree.leaves, (pieces, xla, exact)), strict=True):
-        # float32: sums of 200 terms; bfloat16: a few roundings of 0.4%, of which the sum of the gradient of k has 200
+        # float32: sums of S terms; bfloat16: a few roundings of 0.4%, of which the sum of the gradient of k has S
         assert np.linalg.norm(a - c) < size * np.linalg.norm(c) and np.linalg.norm(b - c) < size * np.linalg.norm(c)
 
 
@@ -238,7 +239,7 @@ def test_attention_of_each_platform(cfg_of):
     for device, dtype, overrides, wanted in [
             (cpu, 'bfloat16', short, 'pieces'), (h100, 'bfloat16', short, 'cudnn'), (h100, 'bfloat16', long, 'cudnn'),
             (h100, 'float32', short, 'xla'), (h100, 'float32', long, 'large pieces'), (amd, 'bfloat16', short, 'xla'),
-            (tpu, 'bfloat16', short, 'large pieces'), (tpu, 'float32', long, 'large pieces')]:
+            (tpu, 'bfloat16', short, 'large pieces'), (tpu, 'float32', long, 'splash')]:
         assert models.attention_for(cfg_of('transformer', f'model.dtype={dtype}', *overrides), device) == wanted
     odd = cfg_of('transformer', 'model.dtype=bfloat16', 'model.D=36', 'model.dh=12')
     assert models.attention_for(odd, h100) == 'xla'  # no kernel of cuDNN has heads of 12

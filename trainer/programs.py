@@ -82,7 +82,8 @@ def build(run, task, devices=None) -> Programs:
 
 def make_problem(run, task, mesh) -> Problem:
     attention = attention_of(run, mesh.devices.flat[0])
-    graphdef, _, _ = models.structure(run.arch, run.model, **({'attention': attention} if attention else {}))
+    options = {'attention': partial(models.causal_attention, implementation=attention, mesh=mesh)} if attention else {}
+    graphdef, _, _ = models.structure(run.arch, run.model, **options)
     entries = len(run.all_seeds) * run.model.L * (run.model.D + run.model.V)  # float32 numbers of features and logits a sequence
     rows = max(1, min(run.opt.B // run.derived.microbatches, PROBE_BYTES // (4 * entries)))
     spec = PartitionSpec('data' if rows % mesh.size == 0 else None)
