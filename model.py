@@ -105,10 +105,7 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal attention with RMS-normalised queries and keys per head, scores scaled by 1/√K.
-
-    attention: causal_attention or a partial of it.
-    """
+    """Causal attention with RMS-normalised queries and keys per head, scores scaled by 1/√K. attention: causal_attention."""
 
     def __init__(self, D, K, std, rngs, attention):
         self.attention = attention or causal_attention
@@ -137,9 +134,9 @@ def attention_for(cfg, device) -> str:
         return 'pieces'
     if 'NVIDIA' in device.device_kind and compute_dtype(cfg) == jnp.bfloat16 and cfg.dh % 8 == 0 and cfg.dh <= 128:
         return 'cudnn'
-    if device.platform == 'tpu' and cfg.L >= LONG and cfg.L % 128 == cfg.dh % 8 == 0:
-        return 'splash'
-    return 'large pieces' if device.platform == 'tpu' or cfg.L >= LONG else 'xla'
+    if device.platform == 'tpu':
+        return 'splash' if cfg.L >= LONG and cfg.L % 128 == cfg.dh % 8 == 0 else 'large pieces'
+    return 'large pieces' if cfg.L >= LONG else 'xla'
 
 
 def causal_attention(q, k, v, implementation='pieces', mesh=None):
@@ -171,13 +168,12 @@ def splash_attention(q, k, v, mesh):
 
     Positions are the last axis in memory, since a TPU pads that one to a multiple of 128, and a head's size is 64.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
     B, S, H, K = q.shape
     names = ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv', 'block_kv_dkv_compute')
     sizes = splash.BlockSizes(**dict.fromkeys(names, math.gcd(S, 512)), use_fused_bwd_kernel=True,
                               **dict.fromkeys(('q_layout', 'k_layout', 'v_layout'), splash.QKVLayout.SEQ_MINOR))
-    kernel = splash.make_splash_mha(masks.MultiHeadMask([masks.CausalMask((S, S))] * H), block_sizes=sizes, head_shards=1,
+    kernel = splash.make_splash_mha(splash.MultiHeadMask([splash.CausalMask((S, S))] * H), block_sizes=sizes, head_shards=1,
                                     q_seq_shards=1, interpret=mesh.devices.flat[0].platform == 'cpu')  # in tests
     spec = PartitionSpec('data' if B % mesh.size == 0 else None)
     over_batch = jax.shard_map(jax.vmap(kernel), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
