@@ -34,7 +34,7 @@ class Task(NamedTuple):
     test: Batch                          # the test batches, stacked: [n, B, …]
     per_seed: bool                       # raw data has a seed axis, [M, S, …]: every seed has its own order
     in_rows: bool                        # raw data holds the B examples, [M, (S,) B, …]; False: it is PRNG keys they are made from
-    entropy: float | None = None         # loss of the true distribution on the test batches, which no model can beat; None: unknown
+    entropy: float | None = None         # loss of the true distribution on the test batches, nats; None: unknown
 
 
 def open_task(run, seeds, rows=slice(None)) -> Task:
@@ -179,7 +179,7 @@ def bigram_language(V, zipf, exponent, std):
     The joint probability of two successive tokens a, b is r(a) exp(M[a, b]) c(b), with r and c such that either token alone follows
     Zipf's law, rank^-zipf. M [V, V] has random singular vectors, entries of standard deviation std, and the squared singular values
     k^(-2s), s = exponent > ½. The sum of those beyond V is spread over the upper half, so that all but the first D add up to about
-    D^(1-2s)/(2s-1). A model of width D holds some D singular directions. With zipf = 0 it therefore ends above the entropy by a
+    D^(1-2s)/(2s-1). A model of width D holds some D singular directions. With zipf = 0 its loss therefore exceeds the entropy by a
     power law in D.
     """
     rng, ranks = np.random.default_rng(42), np.arange(1.0, V + 1)
@@ -191,15 +191,15 @@ def bigram_language(V, zipf, exponent, std):
         return q * np.sign(np.diag(r))  # a LAPACK library may choose either sign
 
     M = orthogonal() * singular @ orthogonal()
-    joint, zipf_law = np.exp(std / M.std() * M), ranks**-zipf / np.sum(ranks**-zipf)
+    joint, unigram = np.exp(std / M.std() * M), ranks**-zipf / np.sum(ranks**-zipf)
     for _ in range(1000):  # Sinkhorn's algorithm
-        joint *= (zipf_law / joint.sum(1))[:, None]
-        change = zipf_law / joint.sum(0)
+        joint *= (unigram / joint.sum(1))[:, None]
+        change = unigram / joint.sum(0)
         joint *= change
         if np.abs(change - 1).max() < 1e-12:
             break
     transitions = joint / joint.sum(1, keepdims=True)
-    return transitions, zipf_law, float(-np.sum(joint * np.log(transitions)))
+    return transitions, unigram, float(-np.sum(joint * np.log(transitions)))
 
 
 @partial(jax.jit, static_argnums=(3, 4))
@@ -210,7 +210,7 @@ def bigram_tokens(seed, batches, table, B, L):
     """
     V = table.shape[1]
 
-    def next_token(token, u):  # each [M, B]; the number of columns but the last that are at most u, by binary search
+    def next_token(token, u):  # each [M, B]; how many columns before the last are at most u, by binary search
         found = jnp.zeros_like(token)
         for bit in reversed(range(V.bit_length())):
             more = found + (1 << bit)
@@ -225,7 +225,7 @@ def bigram_tokens(seed, batches, table, B, L):
 
 
 def bigram_task(run, rows) -> Task:
-    """Batches of B sequences of L tokens of the language, the same ones for all seeds. Raises ValueError for a vast vocabulary."""
+    """Batches of B sequences of L tokens of the language, the same ones for all seeds. Raises ValueError for V > 8192."""
     B, L, V = run.opt.B, run.model.L, run.model.V
     if V > 8192:
         raise ValueError(f'model.V={V}: the language would have a table of V² probabilities; set model.V to at most 8192')
@@ -242,7 +242,8 @@ def bigram_task(run, rows) -> Task:
 
     test = batch(bigram_tokens(44, jnp.arange(run.derived.num_test_batches), table, B, L))
     entropy = -np.log(transitions[test.x[..., :-1], test.x[..., 1:]]).mean()
-    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, test, False, True, float(entropy))
+    return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, test, per_seed=False, in_rows=True,
+                entropy=float(entropy))
 
 
 # Next-token prediction from token files

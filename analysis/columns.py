@@ -21,7 +21,7 @@ RUN_COLUMNS = (
     'schedule', 'decay_frac', 'warmup_tokens', 'seed',
     'T',                              # tokens
     'num_params', 'scale', 'exponent', 'match_mup_at_D',
-    'entropy',                        # of the test data, nats; the loss that no model can beat, where it is known
+    'entropy',                        # loss of the true distribution on the test batches, nats, where it is known
     'opt_compute',                    # FLOPs; the compute-optimal compute C* of the run's model, where the log knows it
     'num_test_batches',               # test batches that the gradient traces were measured on
     'revision', 'device',             # of the source code; of the machine

@@ -1,7 +1,7 @@
 """The compute-optimal horizon C* = (p / scale)^exponent · 1e15 FLOPs, fitted to constant-rate runs that go beyond it.
 
-Qiu et al. (2025) appendix C, after approach 1 of Hoffmann et al. (2022). `scale` is κ and `exponent` is 1 + γ, so that the tokens
-are t* = C* / (6p) ∝ p^γ.
+`scale` is κ and `exponent` is 1 + γ of Qiu et al. (2025) appendix C, so that the tokens are t* = C* / (6p) ∝ p^γ. Their own fit,
+after approach 1 of Hoffmann et al. (2022), is `staircase`. Ours is a surface fitted to all curves.
 """
 
 from typing import NamedTuple
@@ -112,8 +112,8 @@ def _surface(curves):
     """(log scale, exponent, rms residual of log L) of the horizon in a surface fitted to the seed means. None if there is none.
 
     With v = log C and z = v - log C*(p), log L is a cubic in v plus z² times a line in v, by least squares with Gaussian weights in
-    z. At fixed compute it is lowest at z = 0, as the optimal model has dL/dp = 0 (Qiu et al. appendix E). Terms in z and z·v have
-    the coefficient 0 at the right C*; Newton's method moves C* until they have.
+    z. At fixed compute it is lowest at z = 0, as the optimal model has dL/dp = 0 (Qiu et al. appendix E). Terms in z and z·v are
+    fitted too. Damped Newton steps move C* until their coefficients are 0.
     """
     log_p, log_compute, loss = np.log(curves.p), np.log(curves.compute / PETA), np.log(curves.mean)
     if len(log_p) < 3:
@@ -123,7 +123,8 @@ def _surface(curves):
     u, v = (np.broadcast_to(a, known.shape)[known] for a in (log_p[:, None], log_compute))
     loss, u_mean, v_mean = loss[known], u.mean(), v.mean()
     u, v = u - u_mean, v - v_mean
-    exponent, offset = 2.0, np.median(crossings - log_p[1:] - log_p[:-1]) + 2 * u_mean - v_mean  # v = exponent·u + offset at C*
+    # At C*, v = exponent·u + offset. The start is γ = 1, with the crossings of neighbours halfway between their C*.
+    exponent, offset = 2.0, np.median(crossings - log_p[1:] - log_p[:-1]) + 2 * u_mean - v_mean
     for _ in range(300):
         z = v - exponent * u - offset
         root = np.exp(-0.25 * (z / np.log(WINDOW)) ** 2)        # square root of the weight
@@ -140,7 +141,7 @@ def _surface(curves):
     if not (curvature > 0 and exponent > 0):
         return None
     residual = np.sqrt(np.average((loss - terms @ found) ** 2, weights=root ** 2))
-    return u_mean - (offset + v_mean) / exponent, float(exponent), float(residual)
+    return u_mean - (offset + v_mean) / exponent, exponent, residual
 
 
 def _staircase_points(curves):
@@ -168,11 +169,11 @@ def staircase(curves):
 
 def notes(curves, found):
     """What the user should know about a fit: how many models it rests on, and why the paper's own kind of fit differs."""
-    said = []
     if found.exponent_ci is None:
         paper = f'; the fit to the steps of the envelope gives {found.staircase["exponent"]:.2f}' if found.staircase else ''
-        return said + [f'without one of the {len(curves.p)} models no horizon is found, so there is no interval{paper}. Do not use '
-                       'this exponent: train more widths']
+        return [f'without one of the {len(curves.p)} models no horizon is found, so there is no interval{paper}. Do not use '
+                'this exponent: train more widths']
+    said = []
     if len(curves.p) < ENOUGH_MODELS:
         said.append(f'the horizon is fitted to {len(curves.p)} models only; more widths narrow the interval of the exponent')
     if found.staircase is None or found.exponent_ci[0] <= found.staircase['exponent'] <= found.exponent_ci[1]:
@@ -195,8 +196,8 @@ def _line_fit(log_p, log_compute):
 def fit(curves):
     """The Horizon of the fitted surface, with 90% intervals by the jackknife: the fit is repeated without each of the models.
 
-    What a model's seeds and its departure from the law move is thus in the intervals, also with one seed a model. Raises LogError
-    if the curves have no horizon: fewer than three models, or fewer than two that are evaluated on both sides of their C*.
+    The intervals thus contain the noise of the seeds and the departures of models from the law, even with one seed a model. Raises
+    LogError if the curves have no horizon: fewer than three models, or fewer than two that are evaluated on both sides of their C*.
     """
     found, models = _surface(curves), len(curves.p)
     compute = optimal_compute(curves.p, np.exp(found[0]), found[1]) if found else np.full(models, np.nan)
@@ -209,9 +210,7 @@ def fit(curves):
                for i in range(models)]
     intervals = [None, None]
     if all(without):
-        values = np.array(without)[:, :2]
-        deviation = ndtri(0.5 + LEVEL / 2) * np.sqrt((models - 1) * values.var(0))
-        log_scale, exponent = zip(found[:2] - deviation, found[:2] + deviation, strict=True)
-        intervals = [np.exp(log_scale).tolist(), [float(end) for end in exponent]]
-    return Horizon(float(np.exp(found[0])), float(found[1]), *intervals, found[2], curves.p[inside], compute[inside],
-                   staircase(curves))
+        margin = ndtri(0.5 + LEVEL / 2) * np.sqrt((models - 1) * np.var(without, 0))[:2]
+        log_scale, exponent = np.transpose([found[:2] - margin, found[:2] + margin])
+        intervals = [np.exp(log_scale).tolist(), exponent.tolist()]
+    return Horizon(np.exp(found[0]), found[1], *intervals, found[2], curves.p[inside], compute[inside], staircase(curves))

@@ -18,11 +18,11 @@ from scipy.special import ndtri
 from analysis import collapse, horizon, power_laws, scaling_law, schedules
 from analysis.table import LogError, clean
 
-X = (0.25, 0.5, 0.75, 0.9)
-POWER, FALSE_ALARMS, DRAWS = 0.9, 0.05, 1000
-SEEDS, MOST_MODELS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50), 12   # seeds per model, and models more, that are tried
+X = (0.25, 0.5, 0.75, 0.9)           # where Δ is taken
+POWER, FALSE_ALARMS = 0.9, 0.05
+DRAWS = 1000                         # simulated ladders; more for a threshold, fewer where L0 is refitted to each, which is slow
+SEEDS, MOST_MODELS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50), 12   # seeds per model and added models that are tried, at most
 FACTORS = (0.6, 0.8, 1.0, 1.2, 1.4)  # of γ, whose Δ is predicted
-LATE = 0.3  # x from which our constant-rate curves are a sum of two power laws, to 3%
 
 
 class Ladder(NamedTuple):
@@ -53,7 +53,7 @@ def read(table, L0=None, constant=None):
     law, average = scaling_law.fit(points.compute, points.loss, L0), collapse.model_average(curves)
     mu, share = law.b * (1 + gamma) / gamma, gamma / (1 + gamma)
     if constant is not None:
-        joint = power_laws.fit_joint(*power_laws.mean_curves(clean(horizon.at_horizon(constant))[0], LATE), ratio=gamma)
+        joint = power_laws.fit_joint(*power_laws.mean_curves(clean(horizon.at_horizon(constant))[0], power_laws.LATE), ratio=gamma)
         of_t, mu = joint.A * tokens ** -joint.mu, joint.mu
         share = float((of_t / (of_t + joint.B * p ** -joint.nu)).mean())
     reducible = curves.loss - law.L0
@@ -67,7 +67,7 @@ def read(table, L0=None, constant=None):
     residuals = (reducible / mean[curves.model] - 1) / np.sqrt(dof)
     _, sizes, axes = np.linalg.svd(residuals, full_matrices=False)
     curve, sgd = mean / mean[:, -1:], average @ noise / mean[:, -1:]
-    # The means of the models differ by the noise of their seeds too. They are drawn together by that part of their scatter.
+    # A part of the scatter of the models' means is the noise of their seeds. It is taken out, by moving the means closer together.
     within = (((residuals - residuals[:, -1:]) * curve.mean(0)) ** 2).sum(0) * (1 / points.seeds).mean()
     kept = np.sqrt(np.clip(1 - within / np.maximum(curve.var(0, ddof=1), 1e-300), 0, 1))
     curve, sgd = (one.mean(0) + kept * (one - one.mean(0)) for one in (curve, sgd))
@@ -91,7 +91,7 @@ def wrong_gamma(ladder, factor):
     return {'horizon': tilt * compute.sum() / (tilt * compute).sum()}
 
 
-ERRORS = {  # name: (sizes from none to the largest tried, the arguments of `deltas` for one size)
+ERRORS = {  # name: (sizes from no error to the largest tried, function of a ladder and a size that gives the arguments of `deltas`)
     'gamma_below': (np.linspace(1, 0, 41), wrong_gamma),
     'gamma_above': (np.linspace(1, 3, 41), wrong_gamma),
     'horizon_below': (np.geomspace(1, 0.25, 5), lambda ladder, factor: {'horizon': factor}),
@@ -102,9 +102,9 @@ ERRORS = {  # name: (sizes from none to the largest tried, the arguments of `del
 
 
 def deltas(ladder, refit=False, horizon=1.0, excess=1.0, noise=1.0, draws=DRAWS, seed=0):
-    """Δ [draws, K-1] at x < 1 of simulated ladders. `horizon` multiplies the tokens, `excess` F(1), by a loss that is there all
-    along the run, and `noise` N: each [M] or a number. L0 is the ladder's, or with `refit` fitted to the final losses. The scale of
-    the seeds' noise is drawn too, because its variance is known to `dof` degrees of freedom only."""
+    """Δ [draws, K-1] at x < 1 of simulated ladders. `horizon` multiplies the tokens, `excess` F(1), by a constant added along the
+    whole run, and `noise` N: each [M] or a number. L0 is the ladder's, or with `refit` fitted to the final losses. The scale of the
+    seeds' noise is drawn too, because its variance is estimated with `dof` degrees of freedom."""
     rng, model = np.random.default_rng(seed), np.repeat(np.arange(len(ladder.p)), ladder.seeds)
     horizon, excess, noise = (np.broadcast_to(one, len(ladder.p))[:, None] for one in (horizon, excess, noise))
     forcing, fall, compute = ladder.curve - ladder.sgd, horizon ** -ladder.mu, 6 * ladder.p * ladder.tokens

@@ -23,6 +23,7 @@ class Terms(NamedTuple):
 
 TWO_TERMS = Terms((0.5, 0.0), (0.0, 0.5), (1.0, 1.0))  # fig. 5b, row 1: γ* = ν/µ = 1
 MODELS = np.geomspace(10, 1e9, 9)                        # p of fig. 5b
+LATE = 0.3  # x from which our constant-rate curves are a sum of two power laws, to 3%
 
 
 def loss(terms, t, p):
@@ -91,23 +92,23 @@ def fit_joint(t, p, loss_values, ratio=None):
     return JointFit(L0, A * t0 ** mu, mu, B * p0 ** nu, nu, residual / np.sqrt(len(t)))
 
 
-def notes(table, found, late=0.3):
+def notes(table, found):
     """Two sentences on why ν/µ of the joint fit is outside the interval of γ of the horizon fit `found`; [] if it is inside.
 
     The two are equal where a sum of two power laws describes the whole curves. So the misfit is compared with the noise of the
-    seeds, and the fit is repeated with ν/µ held at γ, and for x >= `late` only. `table` is the argument of `mean_curves`.
+    seeds, and the fit is repeated with ν/µ held at γ, and for x >= LATE only. `table` is the argument of `mean_curves`.
     """
     gamma, points = found.exponent - 1, mean_curves(table)
     whole = fit_joint(*points)
     low, high = found.exponent_ci or [found.exponent] * 2
     if low <= 1 + whole.nu / whole.mu <= high:
         return []
-    held, end = fit_joint(*points, ratio=gamma), fit_joint(*mean_curves(table, late))
+    held, end = fit_joint(*points, ratio=gamma), fit_joint(*mean_curves(table, LATE))
     variances = [seeds.var(ddof=1) / len(seeds) / seeds.mean() ** 2 for seeds in optimal_points(table).losses if len(seeds) > 1]
     beside = f', {whole.error / np.sqrt(np.mean(variances)):.1f} times the noise of the seed means' if variances else ''
     return [f'ν/µ = {whole.nu / whole.mu:.2f} of the joint fit is not γ = {gamma:.2f} of the horizon fit: a sum of two power laws '
             f'misses the whole curves by {whole.error:.2%} (root mean square){beside}',
-            f'fitted from x = {late:g} on, ν/µ is {end.nu / end.mu:.2f} and the misfit {end.error:.2%}; with ν/µ held at γ, the '
+            f'fitted from x = {LATE:g} on, ν/µ is {end.nu / end.mu:.2f} and the misfit {end.error:.2%}; with ν/µ held at γ, the '
             f'misfit of the whole curves is {held.error:.2%}']
 
 

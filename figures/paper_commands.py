@@ -79,14 +79,12 @@ def power(argv):
     result['beside'] = {log: powers.compare(ladder, clean(load(log))[0]) for log in args.beside}
     x, span = result['x'], result['num_params'][-1] / result['num_params'][0]
     shown = {'x': x, 'Δ of the log': result['delta'], 'threshold': result['threshold']}
-    for name, sizes in result['smallest'].items():
-        of_largest = name in ('excess', 'noise')  # printed for the largest model
-        label = {'excess': 'loss of largest ×', 'noise': 'N of largest ×'}.get(name, f'{name.replace("_", " ")} ×')
-        shown[label] = span ** sizes if of_largest else sizes
+    of_largest = {'excess': 'loss of largest ×', 'noise': 'N of largest ×'}  # the size is an exponent of p
+    shown |= {of_largest.get(name, f'{name.replace("_", " ")} ×'): span ** sizes if name in of_largest else sizes
+              for name, sizes in result['smallest'].items()}
     half = np.abs(x - 0.5).argmin()
     predictions = [{'γ ×': one['factor'], **{f'Δ({at:g})': value for at, value in zip(x, one['delta'], strict=True)},
-                    **{f'{label} Δ({x[half]:g})': one[key][half] for label, key in (('L0 refitted', 'delta_refit'),
-                                                                             ('eq. 7 alone', 'delta_law'))}}
+                    f'L0 refitted Δ({x[half]:g})': one['delta_refit'][half], f'eq. 7 alone Δ({x[half]:g})': one['delta_law'][half]}
                    for one in result['predicted']]
     lines = [f'{len(result["num_params"])} models, p = {result["num_params"][0]:.4g} to {result["num_params"][-1]:.4g}, seeds per '
              f'model: {value_range(result["seeds_per_model"])}; L0 = {result["fit"]["L0"]:.4g}, γ = {result["gamma"]:.3f}, '

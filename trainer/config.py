@@ -165,7 +165,7 @@ class Derived:
     microbatches: int                # pieces in which the gradient of a batch is accumulated
     flops_per_token: float           # of matrix products and attention, to compute speeds
     eval_points: tuple[int, ...]     # numbers of updates after which the run is evaluated, increasing
-    entropy: float | None = None     # the loss that no model can beat on the test batches, nats; None: unknown
+    entropy: float | None = None     # loss of the true distribution on the test batches, nats; None: unknown
 
     @property
     def eval_share(self) -> float:
@@ -219,7 +219,8 @@ def resolve(cfg, vocab_size=None, overridden=frozenset()) -> Run:
     except pydantic.ValidationError as error:
         raise ConfigError('; '.join(map(_message, error.errors()))) from error
     _check_combinations(cfg)
-    o, m = cfg.opt, cfg.model if vocab_size is None else dataclasses.replace(cfg.model, V=math.ceil(vocab_size / 32) * 32)
+    o = cfg.opt
+    m = cfg.model if vocab_size is None else dataclasses.replace(cfg.model, V=math.ceil(vocab_size / 32) * 32)
     params_by_role = models.param_groups(cfg.arch, m)
     p = sum(params_by_role.values())
     T, source = _horizon(cfg, p, overridden)
