@@ -136,9 +136,7 @@ def _surface(curves):
         exponent, offset = (exponent, offset) + step / 2
         if np.abs(step).sum() < 1e-6:
             break
-    else:
-        return None
-    if not (curvature > 0 and exponent > 0):
+    if not (np.abs(step).sum() < 1e-6 and curvature > 0 and exponent > 0):
         return None
     residual = np.sqrt(np.average((loss - terms @ found) ** 2, weights=root ** 2))
     return u_mean - (offset + v_mean) / exponent, exponent, residual

@@ -101,10 +101,11 @@ ERRORS = {  # name: (sizes from no error to the largest tried, function of a lad
 }
 
 
-def deltas(ladder, refit=False, horizon=1.0, excess=1.0, noise=1.0, draws=DRAWS, seed=0):
+def deltas(ladder, refit=False, horizon=1.0, excess=1.0, noise=1.0, draws=None, seed=0):
     """Δ [draws, K-1] at x < 1 of simulated ladders. `horizon` multiplies the tokens, `excess` F(1), by a constant added along the
     whole run, and `noise` N: each [M] or a number. L0 is the ladder's, or with `refit` fitted to the final losses. The scale of the
     seeds' noise is drawn too, because its variance is estimated with `dof` degrees of freedom."""
+    draws = draws or (DRAWS // 4 if refit else DRAWS)
     rng, model = np.random.default_rng(seed), np.repeat(np.arange(len(ladder.p)), ladder.seeds)
     horizon, excess, noise = (np.broadcast_to(one, len(ladder.p))[:, None] for one in (horizon, excess, noise))
     forcing, fall, compute = ladder.curve - ladder.sgd, horizon ** -ladder.mu, 6 * ladder.p * ladder.tokens
@@ -129,7 +130,7 @@ def threshold(ladder, refit=False):
 
 def power(ladder, name, size, limit, refit=False):
     """[K-1] share of ladders with the error `name` of ERRORS whose Δ exceeds `limit`."""
-    return (deltas(ladder, refit, draws=DRAWS // 4 if refit else DRAWS, **ERRORS[name][1](ladder, size)) > limit).mean(0)
+    return (deltas(ladder, refit, **ERRORS[name][1](ladder, size)) > limit).mean(0)
 
 
 def smallest(ladder, name, refit=False):
@@ -149,7 +150,7 @@ def first(ladders, name, size):
 def predicted(ladder, horizon):
     """Median Δ [K-1] of ladders with `horizon` times the tokens: with the ladder's L0 (`delta`), with L0 refitted (`delta_refit`),
     and with the ladder's L0 where N follows the law as well (`delta_law`, eq. 7 alone)."""
-    return {name: np.median(deltas(one, refit, horizon, draws=DRAWS // 4 if refit else DRAWS), 0) for name, one, refit in (
+    return {name: np.median(deltas(one, refit, horizon), 0) for name, one, refit in (
         ('delta', ladder, False), ('delta_refit', ladder, True), ('delta_law', ladder._replace(sgd=0 * ladder.sgd), False))}
 
 
