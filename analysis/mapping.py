@@ -125,8 +125,9 @@ def _mapped(how, run, history, config, summary):
         except KeyError as error:
             lacking[column] = error.args[0]
             continue
-        if column in RUN_COLUMNS and table[column].notna().any():
-            table[column] = table[column].dropna().iloc[-1]
+        known = table[column].dropna()
+        if column in RUN_COLUMNS and len(known) and (column != 'num_params' or known.nunique() == 1):  # tidy refuses several p
+            table[column] = known.iloc[-1]
     return table, lacking
 
 

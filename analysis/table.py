@@ -56,6 +56,10 @@ def tidy(table):
                 table[column] = pd.to_numeric(table[column]).astype(float)
             except (ValueError, TypeError) as error:
                 raise LogError(f'column {column!r} should hold numbers: {error}') from None
+    for run, sizes in table.groupby('run')['num_params'].unique().items() if 'num_params' in table else ():
+        if len(sizes) > 1:
+            raise LogError(f'run {run!r} has {len(sizes)} values of p ({sizes[0]:g}, {sizes[1]:g}, …), so it is more than one run; '
+                           'give a column run that tells them apart, or save a log with  python save_logs.py … --map run=COLUMN')
     flops_per_token = 6 * table.get('num_params', np.nan)
     if 'tokens' in table:
         compute = flops_per_token * table['tokens']

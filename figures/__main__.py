@@ -1,5 +1,6 @@
 """The analysis of a log on the command line:  python -m figures COMMAND LOG …"""
 
+import signal
 import sys
 
 from analysis.columns import LogError, hint
@@ -41,4 +42,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may leave early
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import scaling_law
+from analysis import mapping, scaling_law
 from analysis import table as logs
 from tests.logs_of import paper_log, power_law_table
 
@@ -257,3 +257,17 @@ def test_nothing_left_is_an_error():
         logs.require(small(), ['Buvar'], 'a test')
     with pytest.raises(logs.LogError, match="'D:32'"):
         logs.where(small(), 'D:32')
+
+
+def test_several_models_in_one_run_are_refused(tmp_path):
+    """Without a column that tells the runs apart, a file's rows would be one run of one size."""
+    rows = pd.DataFrame({'p': [1e6, 1e6, 2e6, 2e6], 'tokens': [1e6, 2e6, 1e6, 2e6], 'loss': [4.0, 3.0, 3.5, 2.5]})
+    for name, columns in (('one', rows.assign(run='a')), ('none', rows), ('apart', rows.assign(run=list('aabb'))),
+                          ('mapped', rows.rename(columns={'p': 'size'}))):
+        columns.to_csv(tmp_path / f'{name}.csv', index=False)
+    for name in ('one', 'none'):
+        with pytest.raises(logs.LogError, match=r'has 2 values of p \(1e\+06, 2e\+06, …\)'):
+            logs.load(tmp_path / f'{name}.csv')
+    with pytest.raises(logs.LogError, match='has 2 values of p'):
+        logs.tidy(mapping.read_curves(tmp_path / 'mapped.csv', mapping.parse(['p=size'])))
+    assert logs.load(tmp_path / 'apart.csv')['run'].nunique() == 2
