@@ -20,7 +20,7 @@ CONDITIONS = {  # name: (largest spread that counts as equal, what to change, wh
     # factor off the law; ℓ(0.5) moves by α·ln(1.05)·¼·(2^α - 1) = 0.001
     TOKENS: (1.05, 'train to one law t ∝ p^γ, with the γ of the compute-optimal horizon', 'a third model; two are always on a law'),
     # share of a run at the peak rate, lost or gained; ℓ(0.5) moves by 2·α·0.01 = 0.006 at most, if all is lost before x = 0.5
-    SCHEDULE: (0.01, 'decay as one function of x, the share of the run, to one share of the peak rate', 'lr at ten evaluations'),
+    SCHEDULE: (0.01, 'decay as one function of x, the share of the run, to one share of the peak rate', 'lr at ten points'),
     # share of a run, of which a warm-up loses half; ℓ(0.5) moves by α·0.005 = 0.0015
     WARM_UP: (0.01, 'warm up over one share of the run', 'lr at an evaluation in the warm-up, or warmup_tokens'),
     # factor; larger than the rounding to whole batches
@@ -54,15 +54,19 @@ def conditions(table):
     p = values.index.to_numpy()
     # The exponent of t ∝ p^γ is a median over pairs of models, so that one model off the law hardly moves it.
     gamma = theilslopes(np.log(p * values[TOKENS].to_numpy()), np.log(p))[0]
-    return [judge(name, p, values[name].to_numpy(), gamma) for name in CONDITIONS]
+    absent = [column for column in ('weight_decay', 'peak_lr', 'step') if column not in table or table[column].isna().all()]
+    return [judge(name, p, values[name].to_numpy(), gamma, absent) for name in CONDITIONS]
 
 
-def judge(name, p, values, gamma):
+def judge(name, p, values, gamma, absent=()):
     """The Condition `name` of a ladder, from its values [M] of the models with p [M] parameters. NaN is not known.
 
-    Tokens per parameter may grow with size. They are compared with the law t ∝ p^gamma of the ladder.
+    Tokens per parameter may grow with size. They are compared with the law t ∝ p^gamma of the ladder. `absent` are the columns of
+    the timescale that the log lacks.
     """
     limit, change, lacks = CONDITIONS[name]
+    if name == TIMESCALE and absent:
+        lacks = ' and '.join(absent)
     size, bound = (np.log(values), np.log(limit)) if limit > 1 else (values, limit)  # a limit above 1 is a factor
     if name == TOKENS:
         size = np.log(p * values) - gamma * np.log(p)

@@ -9,14 +9,23 @@ import pandas as pd
 
 from analysis import table as logs
 from analysis.collapse import without_reruns
+from analysis.columns import LogError, hint
 
 SEEDS_BY = {'choices': ('seed', 'run'), 'default': 'seed',
             'help': 'what is a seed of a model: each value of the column seed (default), or each run, reruns included'}
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the options, with the option that is like a misspelt one."""
+
+    def error(self, message):
+        words = [word.split('=')[0] for word in message.split() if word.startswith('--') and 'unrecognized' in message]
+        raise LogError(message + ''.join(hint(word, self._option_string_actions) for word in words[:1]))
+
+
 def parser(description, name, out='write the figure (.png or .pdf)'):
     """The argument parser of one command, with LOG, --where, the widths, --json and --out, whose help is `out`."""
-    parse = argparse.ArgumentParser(prog=f'python -m figures {name}', description=description, allow_abbrev=False)
+    parse = Parser(prog=f'python -m figures {name}', description=description, allow_abbrev=False)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
                        help='keep only these runs, e.g. --where schedule=linear (can be repeated)')

@@ -36,7 +36,8 @@ MEANING = {
                 'which of the conditions below differ.',
     'no collapse': 'The shape of the curves changes with size. A condition below differs, or the learning rate or the horizon does '
                    'not grow with size by the right rule.',
-    'not decidable': 'The log does not answer the question. The line above says why.'}
+    'not decidable': 'The log does not answer the question. The line above says why. Without a noise floor, repeat one size with '
+                     'another seed. Where L0 decides, add wider models.'}
 
 
 def analyse(table):

@@ -229,6 +229,7 @@ def test_what_the_command_refuses(small_log):
                                (['--target', largest, '--horizon', '1e9'], 'the log already holds'),
                                (['--target', f'p={3 * p[-1]}', '--seen', '0.3'], 'the log holds no run'),
                                (['--target', largest, '--seen', '1.5'], 'below 1'),
+                               (['--target', largest, '--sen', '0.3'], 'unrecognized arguments: --sen .*; did you mean --seen'),
                                (['--target', largest, '--schedule', 'linear'], 'go together')):
         with pytest.raises(logs.LogError, match=message):
             beyond_commands.forecast([path, *arguments])
