@@ -198,6 +198,8 @@ def bigram_language(V, zipf, exponent, std):
         joint *= change
         if np.abs(change - 1).max() < 1e-12:
             break
+    else:
+        raise ValueError(f'bigram_std={std:g}: the probabilities of pairs do not settle on the unigrams; lower it')
     transitions = joint / joint.sum(1, keepdims=True)
     return transitions, unigram, float(-np.sum(joint * np.log(transitions)))
 

@@ -56,7 +56,8 @@ def tidy(table):
                 table[column] = pd.to_numeric(table[column]).astype(float)
             except (ValueError, TypeError) as error:
                 raise LogError(f'column {column!r} should hold numbers: {error}') from None
-    for run, sizes in table.groupby('run')['num_params'].unique().items() if 'num_params' in table else ():
+    known = table.dropna(subset='num_params') if 'num_params' in table else table[:0].assign(num_params=0.0)
+    for run, sizes in known.groupby('run')['num_params'].unique().items():
         if len(sizes) > 1:
             raise LogError(f'run {run!r} has {len(sizes)} values of p ({sizes[0]:g}, {sizes[1]:g}, …), so it is more than one run; '
                            'give a column run that tells them apart, or save a log with  python save_logs.py … --map run=COLUMN')

@@ -103,6 +103,8 @@ def test_what_the_log_lacks_is_unknown(drop, unknown):
     assert [one.name for one in found if one.verdict == 'unknown'] == unknown
     assert all('the log lacks' in one.advice for one in found if one.name in unknown)
     assert not [one.name for one in found if one.verdict == 'differs']
+    wanted = [column for column in ('weight_decay', 'peak_lr', 'step') if column in drop]
+    assert not wanted or found[-1].advice == f'the log lacks {" and ".join(wanted)}'
 
 
 def test_the_timescale_is_that_of_hidden_weights_where_their_decay_is_known():
