@@ -19,7 +19,7 @@ setup: .venv/complete ## build .venv from requirements.lock (Python 3.11 or newe
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
-demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (3 minutes on 2 idle cores)
+demo: .venv/complete ## train a small ladder live, fit its scaling law, judge and draw its collapse (4 minutes on 2 idle cores)
 	$(RUN) -m experiments.run experiments/demo.yaml
 	$(RUN) -m figures collapse runs/demo --out runs/demo/collapse.png
 
