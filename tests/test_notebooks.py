@@ -111,7 +111,7 @@ def test_logs_that_are_missing_are_skipped_with_one_line(run, other_logs, monkey
     monkeypatch.setenv('LOG', 'logs/alone.csv')
     said = '\n'.join(run('collapse', other_logs)).splitlines()
     missing = [line for line in said if line.startswith('skipped: there is no ')]
-    endings = ('const', 'no_mup', 'low_exponent', 'high_exponent')
+    endings = ('const', 'no_mup', 'low_exponent', 'high_exponent', 'fixed_tokens')
     assert missing == [f'skipped: there is no logs/alone_{ending}.csv' for ending in endings]
     assert (other_logs / 'runs/figures/alone_collapse.png').exists()
 

@@ -188,8 +188,8 @@ def test_shipped_log():
     """α of the laptop runs, whose trace is measured on 20 test batches."""
     table, _, _ = logs.clean(logs.load(Path(logs.__file__).parent.parent / 'logs/laptop_mlp_schedules.parquet'))
     found, _ = schedules.analyse(table)
-    assert found['alpha_published'] == pytest.approx(0.248, abs=0.001)
-    assert found['alpha'] == pytest.approx(0.236, abs=0.001) and found['alpha_ci'][0] < 0.236 < found['alpha_ci'][1] < 0.25
+    assert found['alpha_published'] == pytest.approx(0.254, abs=0.001)
+    assert found['alpha'] == pytest.approx(0.241, abs=0.001) and found['alpha_ci'][0] < 0.241 < found['alpha_ci'][1] < 0.25
 
 
 def test_another_schedule_from_constant_rate_curves_alone():
