@@ -267,15 +267,15 @@ def uncertainty(curves, L0, ddof=0, seed=0):
             'supercollapse_from_every_model_ci': np.sort(every_model)[at].tolist(), 'never': np.isnan(mean).mean()}
 
 
-def predicted_quality(curves, delta, from_x=0.5):
-    """(k·√(η(1-τ̂)) [K], k): Δ as predicted by eq. 24, with k by least squares over from_x <= x < 1.
+def predicted_quality(curves, delta):
+    """(k·√(η(1-τ̂)) [K], k): Δ as predicted by eq. 24, with k by least squares over 0.5 <= x < 1.
 
     η is the rate over its peak and τ̂ the gradient-flow time over its end. Raises LogError if the log has no lr and tau.
     """
     if not (np.isfinite(curves.lr).all() and np.isfinite(curves.tau).all()):
         raise LogError('the predicted quality of a collapse needs lr (with its peak) and tau, which the log does not have')
     shape = np.sqrt(np.maximum(curves.lr * (1 - curves.tau), 0))
-    use = (curves.x >= from_x) & (curves.x < 1)
+    use = (curves.x >= 0.5) & (curves.x < 1)
     k = (delta[use] @ shape[use]) / (shape[use] @ shape[use])
     return k * shape, float(k)
 

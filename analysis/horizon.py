@@ -113,7 +113,7 @@ def _surface(curves):
 
     With v = log C and z = v - log C*(p), log L is a cubic in v plus z² times a line in v, by least squares with Gaussian weights in
     z. At fixed compute it is lowest at z = 0, as the optimal model has dL/dp = 0 (Qiu et al. appendix E). Terms in z and z·v are
-    fitted too. Damped Newton steps move C* until their coefficients are 0.
+    fitted too. Newton steps move C* until their coefficients are 0.
     """
     log_p, log_compute, loss = np.log(curves.p), np.log(curves.compute / PETA), np.log(curves.mean)
     if len(log_p) < 3:
@@ -133,7 +133,7 @@ def _surface(curves):
         shift, tilt, curvature = found[:3]
         stretch = 1 + tilt / (2 * curvature)                    # the minimum is where shift + tilt·v + 2·curvature·z = 0
         step = np.array([exponent, offset - shift / (2 * curvature)]) / stretch - (exponent, offset)
-        exponent, offset = (exponent, offset) + step / 2
+        exponent, offset = (exponent, offset) + step
         if np.abs(step).sum() < 1e-6:
             break
     if not (np.abs(step).sum() < 1e-6 and curvature > 0 and exponent > 0):
@@ -145,7 +145,7 @@ def _surface(curves):
 def _staircase_points(curves):
     """(log p of the best model [n], log C [n], True where a smaller model is the best one again at a larger compute [n]).
 
-    These are STAIRCASE log-spaced amounts of compute, without those where the best model is the smallest or the largest.
+    Amounts of compute where the best model is the smallest or the largest one are left out.
     """
     fine = np.geomspace(curves.compute[0], curves.compute[-1], STAIRCASE)
     best = envelope(curves)[1][np.searchsorted(np.sqrt(curves.compute[1:] * curves.compute[:-1]), fine)]
@@ -194,8 +194,7 @@ def _line_fit(log_p, log_compute):
 def fit(curves):
     """The Horizon of the fitted surface, with 90% intervals by the jackknife: the fit is repeated without each of the models.
 
-    The intervals thus contain the noise of the seeds and the departures of models from the law, even with one seed a model. Raises
-    LogError if the curves have no horizon: fewer than three models, or fewer than two that are evaluated on both sides of their C*.
+    Raises LogError if the curves have no horizon: fewer than three models, or fewer than two evaluated on both sides of their C*.
     """
     found, models = _surface(curves), len(curves.p)
     compute = optimal_compute(curves.p, np.exp(found[0]), found[1]) if found else np.full(models, np.nan)

@@ -1,9 +1,4 @@
-"""Compares a run of ours with the published seeds of the same model, at equal compute.
-
-    python -m figures reproduced logs/mlp_384.parquet logs/paper/mlp.pkl
-
-The loss and the normalised loss ℓ are compared (eq. 1, with the L0 of the whole published ladder).
-"""
+"""Compares a run of ours with the published seeds of the same model, at equal compute: the loss, and ℓ of eq. 1."""
 
 import pandas as pd
 
@@ -43,7 +38,7 @@ def compare(table, same, L0, x=collapse.GRID[9::10]):
             'noise': seeds.std(0, ddof=1) / seeds.mean(0)}
 
 
-def evaluations(table, from_x=0.01):
-    """Normalised compute of the evaluations of the first run, from `from_x` to 1."""
+def evaluations(table):
+    """Normalised compute of the evaluations of the first run, from 0.01 to 1."""
     C = table[table['run'] == table['run'].iloc[0]]['compute'].to_numpy()
-    return C[C >= from_x * C[-1]] / C[-1]
+    return C[C >= 0.01 * C[-1]] / C[-1]

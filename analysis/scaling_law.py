@@ -77,8 +77,6 @@ def loss_at(rows, compute):
     return np.where(inside, np.exp(np.interp(np.log(compute), np.log(C), np.log(L))), np.nan)
 
 
-# ---- the fit --------------------------------------------------------------------------------------------------------
-
 # The solver is ours because a fit is repeated for every bootstrap draw. 400 draws of mlp.pkl take 0.1 s as one batch, and 2.4 s
 # with scipy.optimize.least_squares(loss='huber'). The 90% intervals of b agree within 1%. It works on θ = (α, b, log L0) with
 # log L = log(exp(α - b·u) + L0), where u is log C minus its mean, so that the fit does not depend on the unit of compute.
@@ -197,9 +195,6 @@ def _minimise(theta, u, y, free=(0, 1, 2), delta=DELTA, tolerance=1e-10, iterati
     return theta.reshape(shape), best.reshape(shape[:-1])
 
 
-# ---- uncertainty ----------------------------------------------------------------------------------------------------
-
-
 def resampled_losses(points, law, draws, rng):
     """(losses [draws, M] of resampled seeds, source of the noise: 'seeds', 'residuals' or 'none').
 
@@ -218,9 +213,9 @@ def resampled_losses(points, law, draws, rng):
     return mean * (1 + np.stack(noise, -1)), origin
 
 
-def bootstrap(points, law, draws=400, seed=0):
+def bootstrap(points, law, draws=400):
     """({'a', 'b', 'L0': [draws]} of fits to resampled seeds, source of the noise). The first is None if there is no noise."""
-    losses, origin = resampled_losses(points, law, draws, np.random.default_rng(seed))
+    losses, origin = resampled_losses(points, law, draws, np.random.default_rng(0))
     return (None if losses is None else fit_batch(points.compute, losses, law)), origin
 
 
@@ -229,7 +224,7 @@ def interval(draws):
     return np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
 
 
-def profile(points, size=200):
+def profile(points):
     """(interval [low, high] of L0, False if it reaches 0 or the smallest loss). None for three models, where the fit is exact.
 
     The interval holds the L0 at which the least-squares misfit of the log-loss, with the best a and b, is close to its minimum.
@@ -245,12 +240,12 @@ def profile(points, size=200):
     weight = points.seeds / points.seeds.mean()
     low, high = 0.0, np.exp(y.min())
     for _ in range(4):  # until the grid resolves the interval
-        grid = np.linspace(low, high, size, endpoint=high < np.exp(y.min()))
+        grid = np.linspace(low, high, 200, endpoint=high < np.exp(y.min()))
         theta, _ = _minimise(_line(u, y, grid), u, y, free=(0, 1), delta=np.inf, iterations=30)
         misfit = (weight * (_log_loss(theta, u)[0] - y) ** 2).sum(-1)
         rise = (misfit - misfit.min()) / max(misfit.min() / (M - 3), noise, 1e-300)
         inside = np.flatnonzero(rise <= fdtri(1, M - 3, LEVEL))
-        if len(inside) > size // 8:
+        if len(inside) > 25:
             break
         low, high = grid[max(0, inside[0] - 1)], grid[inside[-1] + 1] if inside[-1] + 1 < len(grid) else high
     return [float(grid[inside[0]]), float(grid[inside[-1]])], bool(grid[inside[0]] > 0 and inside[-1] < len(grid) - 1)

@@ -2,10 +2,7 @@
 
 Qiu et al. (2025) §3.2, eqs. 14-16. Runs are compared at equal gradient-flow time τ, the sum of the rates. δη is the difference of
 the two rates over the peak rate, in [-1, 0]. Tr Σ is the trace of the mini-batch covariance of the preconditioned gradient of the
-predicted run. Theory gives α = 1/4. Here α is fitted, and judged on schedules that were left out of the fit.
-
-Logs hold the trace as `Buvar`, the mean over n test batches of the squared deviation from their own mean, as published. Its
-expectation is (n - 1)/n of Tr Σ. The fit uses the unbiased trace, which is n/(n - 1) times as large.
+predicted run, without the bias of the logged one (`trace_share`). α is fitted, and judged on schedules that were left out.
 """
 
 from typing import NamedTuple
@@ -38,9 +35,9 @@ class Fit(NamedTuple):
 
 
 def trace_share(table):
-    """[rows] The trace as logged over the unbiased trace: (n - 1)/n for n test batches, 1 where n is not known.
+    """[rows] The trace as logged, `Buvar`, over the unbiased trace: (n - 1)/n for n test batches, NaN for n = 1, 1 if n is not known.
 
-    It is NaN for n = 1, because one batch has no deviation from its own mean.
+    `Buvar` is the mean over the test batches of the squared deviation from their own mean, as published.
     """
     n = table.get('num_test_batches', pd.Series(np.nan, table.index))
     return ((n - 1) / n).where(n > 1).mask(n.isna(), 1.0)
@@ -124,15 +121,14 @@ def predict(aligned, alpha):
     return aligned['reference'] + change.mask((aligned['delta_eta'] == 0) | (alpha == 0), 0)
 
 
-def fit(aligned, second_term=False):
+def fit(aligned):
     """α by least squares over the decay phases of all runs; every evaluation has the same weight.
 
-    second_term=True fits α·δ(η·Tr Σ), the whole of eq. 15, in place of α·δη·Tr Σ. The paper drops the rest (appendix I).
     Raises LogError if there is no decay phase.
     """
     rows = decay_phase(aligned)
-    z = rows['eta'] * rows['noise'] - rows['reference_noise'] if second_term else rows['delta_eta'] * rows['noise']
-    y, square = rows['loss'] - rows['reference'], z @ z
+    z, y = rows['delta_eta'] * rows['noise'], rows['loss'] - rows['reference']
+    square = z @ z
     if not square > 0:
         raise LogError('no evaluation in a decay phase has a Tr Σ (Buvar); α cannot be fitted')
     alpha = z @ y / square
@@ -188,19 +184,14 @@ def analyse(table):
     `alpha_published` is fitted with the trace as logged and is the number to compare with the paper's.
     """
     aligned, notes = align(table)
-    result, published, whole = fit(aligned), fit(as_logged(aligned)), fit(aligned, second_term=True)
+    result, published = fit(aligned), fit(as_logged(aligned))
     if result.groups == 1 < result.runs:
         notes.append('one constant-rate run: its own noise is not in the standard error of α')
     if result.runs == 1:
         notes.append('a single run with a decay phase: α has no standard error and no schedule can be left out')
     return result._asdict() | {
         'alpha_published': published.alpha, 'alpha_published_se': published.alpha_se, 'alpha_published_ci': published.alpha_ci,
-        'rmse_relative': rmse_relative(aligned, result.alpha), 'leave_one_schedule_out': leave_one_out(aligned),
-        'hand_set': {'alpha': HAND_SET, 'rmse_relative': rmse_relative(as_logged(aligned), HAND_SET)},
-        'with_second_term': {'alpha': whole.alpha, 'rmse': whole.rmse}}, notes
-
-
-# ---- predicting a run that has not been trained ---------------------------------------------------------------------
+        'rmse_relative': rmse_relative(aligned, result.alpha), 'leave_one_schedule_out': leave_one_out(aligned)}, notes
 
 
 def alpha_of_reference(table):
@@ -214,10 +205,10 @@ def alpha_of_reference(table):
     return fit(rows).alpha, pd.Series([fit(own).alpha for _, own in rows.groupby('run')]).std()
 
 
-def noise_share(table, p, L0, floor=0.1):
+def noise_share(table, p, L0):
     """Tr Σ/(L - L0) [S] of a constant-rate run with p parameters, for irreducible losses L0 [S].
 
-    By eq. 17 the ratio is constant along a run. Its logarithm is averaged over x >= floor, and a line in log p through the models
+    By eq. 17 the ratio is constant along a run. Its logarithm is averaged over x >= 0.1, and a line in log p through the models
     of the table extrapolates it. Raises LogError if the log has no trace, or other schedules.
     """
     require_adam(table)
@@ -226,7 +217,7 @@ def noise_share(table, p, L0, floor=0.1):
     if found != ['const']:
         raise LogError(f'another schedule is derived from constant-rate runs; the log has {", ".join(found) or "no schedule"}')
     table = table.assign(noise=table['Buvar'] / trace_share(table))
-    late = table[(table['compute'] >= floor * table.groupby('run')['compute'].transform('max')) & (table['noise'] > 0)]
+    late = table[(table['compute'] >= 0.1 * table.groupby('run')['compute'].transform('max')) & (table['noise'] > 0)]
     if not len(late):
         raise LogError('the log has no Tr Σ (Buvar); another schedule needs it')
     share = np.log(late['noise'].to_numpy() / (late['test_loss'].to_numpy() - L0[:, None]))      # [S, n]

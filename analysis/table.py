@@ -17,9 +17,6 @@ METADATA_KEY = b'supercollapse'  # of what `write_parquet` says about the origin
 CONFIGURATION = [c for c in RUN_COLUMNS if c not in ('run', 'tag', 'state', 'revision', 'device', 'seconds')]
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
 def load(path):
     """The table of a log: a .parquet, a folder of runs, an authors' pickle (.pkl), or loss curves in a .csv.
 
@@ -44,9 +41,8 @@ def tidy(table):
     compute = 6·tokens·num_params (Kaplan et al. 2020; Qiu et al. 2025 §2.2), so tokens or compute is filled in from the other.
     """
     table = table.reset_index(drop=True)
-    for column in ('run', 'test_loss'):
-        if column not in table:
-            raise LogError(f'the log has no column {column!r}; it has {", ".join(map(str, table.columns))}')
+    if missing := [column for column in ('run', 'test_loss') if column not in table]:
+        raise LogError(f'the log has no column {" and no column ".join(missing)}; it has {", ".join(map(str, table.columns))}')
     known = [c for c in RUN_COLUMNS + ROW_COLUMNS if c in table]
     for column in known:
         if column in TEXT_COLUMNS:
@@ -137,9 +133,6 @@ def read_runs(folder):
     return pd.concat(frames)
 
 
-# ---- choosing runs --------------------------------------------------------------------------------------------------
-
-
 def require(table, columns, purpose):
     """Raises LogError if the table lacks a column that `purpose` needs, or has no value in it."""
     missing = [c for c in columns if c not in table or table[c].isna().all()]
@@ -182,9 +175,6 @@ def between_widths(table, lowest=None, highest=None):
     return kept
 
 
-# ---- cleaning -------------------------------------------------------------------------------------------------------
-
-
 def drop_duplicates(table):
     """(table without repeated runs, number of runs removed).
 
@@ -195,14 +185,14 @@ def drop_duplicates(table):
     return table[~table['run'].isin(copies.index[copies])], int(copies.sum())
 
 
-def clean(table, keep_duplicates=False):
+def clean(table):
     """(table fit for the analysis, notes on what was left out, number of duplicates removed).
 
     A run is left out if it is not finished, becomes non-finite before its end, ends above its first loss, or ends more than 1%
     before its horizon. The horizon is C* where it is known, else 6·p·T, else the longest run of the same configuration.
     Of the other runs, evaluations without a finite positive loss are left out. Raises LogError if nothing is left.
     """
-    notes, copies = [], 0
+    notes = []
     if 'state' in table:
         ended = table['state'].isna() | (table['state'] == 'finished')
         notes += [f'{rows["run"].nunique()} {state} runs left out: {_names(rows["run"])}'
@@ -227,14 +217,13 @@ def clean(table, keep_duplicates=False):
     if not finite.all():
         notes.append(f'{(~finite).sum()} evaluations without a finite positive loss left out, in {_names(table["run"][~finite])}')
     table = table[finite]
-    if not keep_duplicates:
-        table, copies = drop_duplicates(table)
-        if copies:
-            notes.append(f'{copies} runs are in the log twice with the same losses; kept once')
-        if 'seed' in table:
-            twins = runs(table).dropna(subset=['seed']).duplicated([c for c in CONFIGURATION if c in table]).sum()
-            if twins:
-                notes.append(f'{twins} runs have the configuration and seed of another run but other losses; all are kept')
+    table, copies = drop_duplicates(table)
+    if copies:
+        notes.append(f'{copies} runs are in the log twice with the same losses; kept once')
+    if 'seed' in table:
+        twins = runs(table).dropna(subset=['seed']).duplicated([c for c in CONFIGURATION if c in table]).sum()
+        if twins:
+            notes.append(f'{twins} runs have the configuration and seed of another run but other losses; all are kept')
     if not len(table):
         raise LogError('no finished run with a finite loss is left in the log' + (f' ({"; ".join(notes)})' if notes else ''))
     return table, notes, copies

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(description, name, out='write the figure (.png or .pdf)'):
-    """The argument parser of one command, with LOG, --where, the widths, --json and --out, whose help is `out`."""
+    """The argument parser of one command, with LOG, --where, the widths, --json and, unless `out` is None, --out with this help."""
     parse = Parser(prog=f'python -m figures {name}', description=description, allow_abbrev=False)
     parse.add_argument('log', metavar='LOG', help='a .parquet log, a folder of runs, an authors\' .pkl, or a .csv')
     parse.add_argument('--where', metavar='COLUMN=VALUE', action='append', default=[],
@@ -32,18 +32,19 @@ def parser(description, name, out='write the figure (.png or .pdf)'):
     parse.add_argument('--min-width', type=float, metavar='D', help='leave out narrower models')
     parse.add_argument('--max-width', type=float, metavar='D', help='leave out wider models')
     parse.add_argument('--json', action='store_true', help='print the result as JSON on stdout, and nothing else there')
-    parse.add_argument('--out', metavar='FILE', help=out)
+    if out:
+        parse.add_argument('--out', metavar='FILE', help=out)
     return parse
 
 
-def read(args, keep_duplicates=False):
+def read(args):
     """(clean table, notes, number of duplicate runs dropped) of the log, after the filters and SEEDS_BY of the command line."""
     table = logs.load(args.log)
     for condition in args.where:
         table = logs.where(table, condition)
     table = logs.between_widths(table, args.min_width, args.max_width)
-    table, notes, copies = logs.clean(table, keep_duplicates)
-    if vars(args).get('seeds_by') == 'seed' and not keep_duplicates:
+    table, notes, copies = logs.clean(table)
+    if vars(args).get('seeds_by') == 'seed':
         table, more = without_reruns(table)
         notes = notes + more
     return table, notes, copies
@@ -56,7 +57,7 @@ def finish(args, result, lines, notes, panel=None, *drawn):
     commands start fast. The result is printed as `lines`, or with --json as JSON in which NaN and infinities are null. Notes always
     go to stderr.
     """
-    if args.out and panel:
+    if panel and args.out:
         import matplotlib
         matplotlib.use('Agg')
         from figures import style

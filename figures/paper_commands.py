@@ -36,10 +36,9 @@ def collapse(argv):
     parse = commands.parser(collapsing.__doc__.splitlines()[0], 'collapse')
     parse.add_argument('--L0', type=float, metavar='X', help='hold the irreducible loss instead of fitting it')
     parse.add_argument('--ddof', type=int, default=0, choices=(0, 1), help='of every variance over seeds (default 0)')
-    parse.add_argument('--keep-duplicates', action='store_true', help='keep runs that are in the log twice')
     parse.add_argument('--seeds-by', **commands.SEEDS_BY)
     args = parse.parse_args(argv)
-    table, notes, copies = commands.read(args, args.keep_duplicates)
+    table, notes, copies = commands.read(args)
     result, more = collapsing.analyse(table, args.L0, args.ddof)
     widths = sorted(table['D'].dropna().astype(int).unique().tolist()) if 'D' in table else None
     result |= {'duplicates_dropped': copies, 'widths': widths}
@@ -59,7 +58,7 @@ def collapse(argv):
 
 
 def power(argv):
-    parse = commands.parser(powers.__doc__.splitlines()[0], 'power')
+    parse = commands.parser(powers.__doc__.splitlines()[0], 'power', out=None)
     parse.add_argument('--L0', type=float, metavar='X', help='hold the irreducible loss instead of fitting it')
     parse.add_argument('--const', metavar='LOG', help='constant-rate runs, to fit µ and s to instead of taking them from b and γ')
     parse.add_argument('--beside', metavar='LOG', action='append', default=[],
@@ -68,8 +67,6 @@ def power(argv):
     parse.add_argument('--seeds', type=int, metavar='N', help='a planned ladder with N seeds of every model')
     parse.add_argument('--more', type=int, metavar='N', default=0, help='a planned ladder with N larger models, at the same steps')
     args = parse.parse_args(argv)
-    if args.out:
-        raise LogError('power draws no figure; leave out --out')
     for name, least, value in (('--seeds', 1, args.seeds), ('--more', 0, args.more), ('--gamma', 0, args.gamma)):
         if value is not None and value < least:
             raise LogError(f'{name} {value:g} must be at least {least}')
@@ -126,7 +123,6 @@ def schedules(argv):
     result, more = scheduling.analyse(table)
     lines = [f'theory: α = {scheduling.THEORY}; the paper sets {scheduling.HAND_SET} by hand, with the trace as logged',
              commands.text(summary(result)),
-             f'with the second term of eq. 15 the rms error is {result["with_second_term"]["rmse"]:.3g}',
              'mean absolute error relative to the drop that the decay causes: with α fitted on the other schedules, with the two α '
              'above, and with α = 0:', commands.text(result['leave_one_schedule_out'])]
     commands.finish(args, result | {'duplicates_dropped': copies}, lines, notes + more,
@@ -134,9 +130,7 @@ def schedules(argv):
 
 
 def conditions(argv):
-    args = commands.parser(conditioning.__doc__.splitlines()[0], 'conditions').parse_args(argv)
-    if args.out:
-        raise LogError('conditions draws no figure; leave out --out')
+    args = commands.parser(conditioning.__doc__.splitlines()[0], 'conditions', out=None).parse_args(argv)
     table, notes, _ = commands.read(args)
     found = conditioning.conditions(table)
     values = {'parameters': found[0].num_params, **{one.name: one.values for one in found}}
