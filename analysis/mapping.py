@@ -17,6 +17,7 @@ from analysis.columns import ROW_COLUMNS, RUN_COLUMNS, TEXT_COLUMNS, LogError, h
 
 PRESETS = {path.stem: path for path in (Path(__file__).parent.parent / 'configs/log_maps').glob('*.yaml')}
 ALIASES = {'p': 'num_params', 'params': 'num_params', 'loss': 'test_loss', 'flops': 'compute', 'width': 'D'}
+USER_NAMES = {'num_params': 'p', 'test_loss': 'loss'}  # in messages
 
 
 class MapError(LogError):
@@ -68,8 +69,7 @@ def value(column, expression, run, sources):
         except ValueError:
             source, key = (source, key) if source in sources and key else ('history', text)
             if key not in sources[source]:
-                name = column.removeprefix('test_')  # as the user wrote it
-                raise KeyError(f'--map {name}: run {run} has no {source} key {key!r}{hint(key, sources[source])}') from None
+                raise KeyError(f'--map {USER_NAMES.get(column, column)}: run {run} has no {source} key {key!r}{hint(key, sources[source])}') from None
             factor = sources[source][key]
         if column in TEXT_COLUMNS:
             return factor
@@ -132,19 +132,19 @@ def _mapped(how, run, history, config, summary):
 
 
 def _check_complete(how, run, table, loss, lacking, history):
-    """Raises MapError for the first column that the map asks for or the analysis needs, and the table does not have."""
-    needed = [loss]
+    """Raises MapError with all the columns that the map asks for or the analysis needs, and the table does not have."""
+    needed = [loss] + ['num_params'] * bool(how.expressions)
     if (how.window or 0) >= 1 or not {'tokens', 'compute', 'step'} & set(table):
         needed.append('tokens')
-    if how.expressions:
-        needed.append('num_params')
-    asked = [column for column in lacking if column not in how.optional]
-    for column in asked + [column for column in needed if column not in table]:
-        name = column.removeprefix('test_')
+    absent = [column for column in needed if column not in table]
+    reasons = [reason for column, reason in lacking.items() if column not in how.optional or column in absent]
+    if unmapped := [USER_NAMES.get(column, column) for column in absent if column not in lacking]:
         how_to = 'give' if how.expressions else 'for other names save a log with  python save_logs.py --files FILE'
-        wanted = f'run {run}: wanted p, tokens (or compute, or step) and loss; {how_to} --map {name}=KEY{hint(name, history)}'
-        smoothed = '; for the training loss add --smooth, e.g. 0.02' if column == 'test_loss' and 'train_loss' in table else ''
-        raise MapError(lacking.get(column, wanted) + smoothed)
+        reasons.append(f'run {run}: no {" and no ".join(unmapped)}; wanted p, tokens (or compute, or step) and loss; {how_to} '
+                       + ' '.join(f'--map {name}=KEY' for name in unmapped) + hint(unmapped[0], history))
+    if reasons:
+        smoothed = '; for the training loss add --smooth, e.g. 0.02' if 'test_loss' in absent and 'train_loss' in table else ''
+        raise MapError('; '.join(reasons) + smoothed)
 
 
 def _interpolate(table):

@@ -137,6 +137,7 @@ def require(table, columns, purpose):
     """Raises LogError if the table lacks a column that `purpose` needs, or has no value in it."""
     missing = [c for c in columns if c not in table or table[c].isna().all()]
     if missing:
+        missing = ['p (column num_params)' if column == 'num_params' else column for column in missing]
         raise LogError(f'{purpose} needs {", ".join(missing)}, which the log does not have; '
                        f'it has {", ".join(c for c in table.columns if table[c].notna().any())}')
 

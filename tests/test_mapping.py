@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_with_a_suggestion(arguments, words):
 
 def test_what_is_missing_is_named():
     for left_out in range(3):
-        with pytest.raises(logs.LogError, match='give --map ' + ('num_params', 'tokens', 'loss')[left_out]):
+        with pytest.raises(logs.LogError, match='give --map ' + ('p=KEY', 'tokens=KEY', 'loss=KEY')[left_out]):
             mapped(*(one for i, one in enumerate(WHOLE) if i != left_out))
 
 
@@ -167,7 +167,7 @@ def test_files_as_the_olmo_ladder_publishes_them(tmp_path):
     done, without = program(*command, '--map', tmp_path / 'sizes.yaml'), program(*command)
     assert done.returncode == 0 and '2 runs, 4 evaluations' in done.stdout and done.stderr == '', done.stderr
     assert logs.load(tmp_path / 'log.parquet')['num_params'].tolist() == [1.9e8, 1.9e8, 3.7e8, 3.7e8]
-    assert without.returncode == 2 and 'run 190M: wanted p' in without.stderr and 'give --map num_params=KEY' in without.stderr
+    assert without.returncode == 2 and 'run 190M: no p; wanted p' in without.stderr and 'give --map p=KEY' in without.stderr
 
 
 def test_a_text_log(tmp_path):
