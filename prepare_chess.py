@@ -5,15 +5,11 @@
 
 Inputs are parquet files with the columns movetext, WhiteElo and BlackElo: local paths, or URLs that Hugging Face `datasets` opens.
 A game becomes `<BOS>moves|WhiteElo|BlackElo|FEN<EOS>`. Moves are in standard algebraic notation (SAN), with ',' after White's and
-';' after Black's, without comments, move numbers and result. FEN is the final position (Qiu et al. 2025, appendix A). python-chess
-replays each game for it; a game with an illegal move is skipped.
+';' after Black's, without comments, move numbers and result. FEN is the final position (Qiu et al. 2025, appendix A).
 
 The games are shuffled in two passes, so that memory does not grow with the data. The first pass puts each game into one of BUCKETS
 random buckets on disk; the second shuffles one bucket after another in memory and writes it. Together this is a uniform shuffle of
-all games (Rao 1961, Sandelius 1962). The last --test-games games are the test set.
-
-The buckets of each input file are kept until the end: after a kill, the same command reads only the inputs that are not finished,
-and the result has the same bytes. The disk holds at most twice the result.
+all games (Rao 1961, Sandelius 1962). The last --test-games games are the test set. docs/data.md has time, memory and disk.
 """
 
 import argparse

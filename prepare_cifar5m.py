@@ -6,8 +6,7 @@ A part is an .npz file whose array X is [images, 32, 32, 3] uint8. Each image be
 three channels, truncated, so that ids are 0 … 255. The test set is --test-images images, drawn from all parts without replacement
 with --seed. Both sets keep the order of the parts.
 
-The images are read in blocks straight from the archive, so memory stays below 100 MB. A run that is killed leaves no train.bin, and
-the same command starts again: all six parts take a minute or two on one core.
+The images are read in blocks straight from the archive, so memory stays below 100 MB.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python save_logs.py --tag mlp --runs runs --out logs/mlp.parquet                  from run folders
     python save_logs.py --files curves.csv --map loss=val_loss --out logs/mine.parquet     from .csv, .parquet or text logs
 
---map names the keys of runs that other code has trained, e.g. --map olmo, see docs/analysis.md. Runs in another state are left out
-and named. A value that was not logged is NaN. The same runs give the same file. The columns are those of analysis/columns.py.
+Runs in another state are left out and named. A value that was not logged is NaN. The same runs give the same file. The columns are
+those of analysis/columns.py.
 """
 
 import argparse

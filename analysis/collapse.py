@@ -1,8 +1,8 @@
 """Scaling collapse: normalised loss curves, their collapse tolerance Δ, the noise floor σ, and the onset of supercollapse.
 
-Qiu et al. (2025) §2.3-2.5, eqs. 1-4, and §3.3, eq. 24 for the predicted quality. A curve is normalised by its own compute C* and
-its own final reducible loss. The irreducible loss L0 comes from scaling_law.py, and its uncertainty enters Δ, σ and the onset.
-Beside it stand the two usual choices of what to subtract: nothing, and the L0 with which the curves collapse best.
+Qiu et al. (2025) §2.3-2.5, eqs. 1-4, and §3.3, eq. 24 for the predicted quality. The irreducible loss L0 comes from scaling_law.py,
+and its uncertainty enters Δ, σ and the onset. Beside it stand the two usual choices of what to subtract: nothing, and the L0 with
+which the curves collapse best.
 """
 
 from typing import NamedTuple
@@ -97,11 +97,13 @@ def normalise(curves, L0, by='own'):
     return reducible / final
 
 
-def model_average(curves, weight=None):
-    """Matrix [..., M, R] that turns values [R, K] of the runs into means [..., M, K] over the runs of each model.
+def held_below(L0, curves):
+    """L0 [...], lowered where it is not below every final loss of the curves [..., R, K]: a fit to mean losses may be above one."""
+    return np.minimum(L0, curves.loss[..., -1].min(-1) * (1 - 1e-6))
 
-    `weight` [..., R] counts each run so many times.
-    """
+
+def model_average(curves, weight=None):
+    """Matrix [..., M, R] from values [R, K] of the runs to means over those of each model. `weight` [..., R] counts each run."""
     weight = np.ones(len(curves.model)) if weight is None else weight
     member = (curves.model == np.arange(len(curves.p))[:, None]) * weight[..., None, :]
     return member / member.sum(-1, keepdims=True)
@@ -310,7 +312,7 @@ def analyse(table, L0=None, ddof=0, draws=200):
     intervals = dict.fromkeys(('delta_ci', 'sigma_ci', 'supercollapse_from_ci', 'supercollapse_from_every_model_ci', 'never'))
     if seeds.min() > 1 and not one_model:
         floors = np.full(draws, L0) if L0 is not None else scaling_law.bootstrap(points, law, draws)[0]['L0']
-        intervals = uncertainty(here, np.minimum(floors, here.loss[:, -1].min() * (1 - 1e-6)), ddof)
+        intervals = uncertainty(here, held_below(floors, here), ddof)
     result = {
         'fit': {**law._asdict(), **{f'{k}_ci': interval(refits[k]) if refits else None for k in ('a', 'b', 'L0')},
                 'L0_profile_ci': profile and profile[0], 'L0_identifiable': profile and profile[1], 'L0_fixed': L0 is not None},

@@ -69,7 +69,8 @@ def value(column, expression, run, sources):
         except ValueError:
             source, key = (source, key) if source in sources and key else ('history', text)
             if key not in sources[source]:
-                raise KeyError(f'--map {USER_NAMES.get(column, column)}: run {run} has no {source} key {key!r}{hint(key, sources[source])}') from None
+                name = USER_NAMES.get(column, column)
+                raise KeyError(f'--map {name}: run {run} has no {source} key {key!r}{hint(key, sources[source])}') from None
             factor = sources[source][key]
         if column in TEXT_COLUMNS:
             return factor

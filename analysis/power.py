@@ -119,7 +119,7 @@ def deltas(ladder, refit=False, horizon=1.0, excess=1.0, noise=1.0, draws=None, 
     if refit:
         final = (collapse.model_average(curves) @ curves.loss)[..., -1]
         fitted = scaling_law.fit_batch(compute * horizon[:, 0], final, ladder.law)['L0']
-        L0 = np.minimum(fitted, curves.loss[..., -1].min(-1) * (1 - 1e-6))
+        L0 = collapse.held_below(fitted, curves)
     return collapse.spread(curves, L0).delta[:, :-1]
 
 
@@ -163,8 +163,8 @@ def compare(ladder, table):
         raise LogError(f'a log to compare with needs two models or more of the ladder, and no other; it has p = {curves.p}')
     good = ladder._replace(p=curves.p, tokens=ladder.tokens[at], seeds=points.seeds, curve=ladder.curve[at], sgd=ladder.sgd[at])
     times = points.compute / (6 * curves.p) / good.tokens
-    floors = np.minimum([ladder.law.L0, scaling_law.fit(points.compute, points.loss).L0], curves.loss[:, -1].min() * (1 - 1e-6))
-    held, refit = collapse.spread(curves, floors).delta[:, :-1]
+    floors = [ladder.law.L0, scaling_law.fit(points.compute, points.loss).L0]
+    held, refit = collapse.spread(curves, collapse.held_below(floors, curves)).delta[:, :-1]
     return predicted(good, times) | {'measured': held, 'measured_refit': refit, 'num_params': curves.p,
                                      'p_value': (deltas(good, False, times) >= held).mean(0)}
 

@@ -35,9 +35,9 @@ class Fit(NamedTuple):
 
 
 def trace_share(table):
-    """[rows] The trace as logged, `Buvar`, over the unbiased trace: (n - 1)/n for n test batches, NaN for n = 1, 1 if n is not known.
+    """[rows] The logged trace over the unbiased one: (n - 1)/n for n test batches, NaN for n = 1, 1 if n is not known.
 
-    `Buvar` is the mean over the test batches of the squared deviation from their own mean, as published.
+    Logged is `Buvar`, the mean over the test batches of the squared deviation from their own mean, as published.
     """
     n = table.get('num_test_batches', pd.Series(np.nan, table.index))
     return ((n - 1) / n).where(n > 1).mask(n.isna(), 1.0)
@@ -179,10 +179,7 @@ def leave_one_out(aligned):
 
 
 def analyse(table):
-    """(result, notes) of a log of several schedules: α with its interval, the same with the trace as logged, and the errors.
-
-    `alpha_published` is fitted with the trace as logged and is the number to compare with the paper's.
-    """
+    """(result, notes) of a log of several schedules: α with its interval, the same with the trace as logged, and the errors."""
     aligned, notes = align(table)
     result, published = fit(aligned), fit(as_logged(aligned))
     if result.groups == 1 < result.runs:

@@ -1,7 +1,5 @@
 """One page about a ladder, to hand round: the verdict in words, what it rests on, and what more compute buys.
 
-    python -m figures report LOG --out report.html
-
 The page is one file that needs no network. Its text is in report.html and its figures in report_panels.py. What the log cannot give
 is left out, and the page says why.
 """

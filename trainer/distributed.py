@@ -16,10 +16,10 @@ MESSAGE_BYTES = 400  # of an error message that is sent to the other processes
 
 
 def initialize(num_processes=None, process_id=None, coordinator=None, automatic=True):
-    """Joins the processes of one run through jax.distributed. Call it before JAX is used.
+    """Joins the processes of one run. Call it before JAX is used. Raises ValueError if they cannot be joined.
 
     With num_processes=None the processes are those of a Slurm step of several tasks or of a TPU pod, if `automatic`; otherwise this
-    process trains alone. Raises ValueError if the processes cannot be joined.
+    process trains alone.
     """
     slurm = int(os.environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_STEP_NODELIST' in os.environ
     found = automatic and (slurm or importlib.util.find_spec('libtpu') is not None)
@@ -62,9 +62,8 @@ def devices_for(B, microbatches=1) -> list:
 def compiler_options(devices) -> dict:
     """XLA options of a program on these devices: CPU cores that are devices of their own compute with one thread each.
 
-    Of XLA's YNNPACK fusions the matrix products alone stay on, where the installed jaxlib has that option. A step at D = 64 is
-    then a tenth to a fifth faster than with all fusions (docs/performance.md). Without any of them jaxlib 0.10.2 once evaluated 96
-    examples of each device wrongly, on a CPU without AVX-512 (benchmarks/check_jaxlib.py).
+    Of XLA's YNNPACK fusions the matrix products alone stay on, where the installed jaxlib has that option; docs/performance.md
+    compares this with all fusions, which are slower, and with none, which once computed wrongly.
     """
     if len(devices) == 1 or devices[0].platform != 'cpu':
         return {}

@@ -1,10 +1,6 @@
 """The cost of a run from its compiled programs, which are not executed: memory, FLOPs, bytes, collectives and hours.
 
-    python train.py -cn chess model.D=2048 scale=855499.217040 exponent=2.026780 dry_run=true dry_run_chip=v5e
-
-The compiler is that of the chip, if its package is installed (pip install '.[chips]'), otherwise that of this machine, which stands
-in for eight devices. Then the bytes of parameters and moments are those of any chip. Temporaries are not, since each chip's
-compiler chooses its own.
+The compiler is that of the chip, if its package is installed, otherwise that of this machine, which stands in for eight devices.
 """
 import dataclasses
 import json

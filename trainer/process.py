@@ -80,14 +80,9 @@ def one_line_errors():
     except KeyboardInterrupt:  # before or after the training loop
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f'error: {_message(error)}')
-
-
-def _message(error):
-    text = ' '.join(str(error).split())
-    if 'submitit' in text:
-        return f"{text}; install Hydra's launcher for Slurm and local jobs:  pip install -e '.[slurm]'"
-    return text
+        text = ' '.join(str(error).split())
+        hint = "; install Hydra's launcher for Slurm and local jobs:  pip install -e '.[slurm]'" if 'submitit' in text else ''
+        sys.exit(f'error: {text}{hint}')
 
 
 class ProgressBar:

@@ -146,8 +146,7 @@ def seeds_in_turn(run, devices) -> bool:
     """Whether the seeds are taken one after the other.
 
     On several GPUs with cuDNN's attention, which joins the seeds to the batch: the batch would have to be gathered. On a CPU where
-    one seed's features [rows, D] alone fill the cache of a core. Five seeds of an MLP at D = 128 and B = 4096 on two cores are
-    then 15% faster, and 15% slower at B = 1024.
+    one seed's features [rows, D] alone fill the cache of a core, which is then faster (docs/performance.md).
     """
     if len(devices) > 1 and attention_of(run, devices[0]) == 'cudnn':
         return True

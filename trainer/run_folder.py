@@ -62,7 +62,6 @@ class RunFolder:
                 shutil.rmtree(path)
         self._rewrite_history()
         if run.wandb_mode != 'disabled':
-            origin = {key: origin[key] for key in ('revision', 'device')}
             self.wandb = WandbLogger(run, seed, self.write_summary('running'), self.rows, origin, stops)
 
     def log(self, row):
@@ -150,9 +149,8 @@ def send_to_wandb_again(run, summary) -> dict:
     incomplete = summary.get('wandb') != 'complete' or agent_environment()
     if not (run.wandb_mode == 'online' and incomplete and distributed.is_main_process()):
         return summary
-    origin = environment()
-    origin = {key: origin[key] for key in ('revision', 'device')}
-    return finish_copy(WandbLogger(run, summary['seed'], summary, read_history(summary['folder']), origin), summary)
+    copy = WandbLogger(run, summary['seed'], summary, read_history(summary['folder']), environment())
+    return finish_copy(copy, summary)
 
 
 @contextmanager

@@ -27,12 +27,13 @@ class WandbLogger:
     answer at the start, the copy is written offline, for `wandb sync`.
     """
 
-    def __init__(self, run, seed, summary, rows, origin, stops=()):
-        """summary: of the run folder; rows: evaluations so far; origin: revision and device; stops: signals received so far."""
+    def __init__(self, run, seed, summary, rows, environment, stops=()):
+        """summary: of the run folder; rows: evaluations so far; environment: a dict; stops: signals received so far."""
         self.stops, self.folder, self.run, self.error = stops, summary['folder'], None, None
         self.online = run.wandb_mode == 'online'
         self.sweep = agent_environment() if seed == run.all_seeds[0] else {}  # W&B knows one run of a group
-        self.origin = origin  # goes to the summary: W&B would hand configuration out again as overrides
+        # Of the summary and not of the configuration, which W&B would hand out again as overrides.
+        self.origin = {key: environment[key] for key in ('revision', 'device')}
         shutil.rmtree(f'{self.folder}/wandb', ignore_errors=True)  # of earlier sessions, whose rows this one sends again
         self.calls = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -90,12 +91,16 @@ class WandbLogger:
             self.run.summary.update(summary | self.origin)
             self.run.finish(exit_code=int(requeue))
 
+        def exit_now():
+            sys.stdout.flush()
+            os._exit(128 + self.stops[0])
+
         self.calls.put(end)
         self.calls.put(None)
         self._wait()
         if self.thread.is_alive():  # a signal ended the waiting
             warn('W&B does not answer, and has not received all of the run; repeat the command to send the rest')
-            atexit.register(exit_now, 128 + self.stops[0])  # called before the client's own exit handler, which would wait
+            atexit.register(exit_now)  # called before the client's own exit handler, which would wait
             return False
         if self.error:
             warn(f'W&B did not receive all of the run ({brief(self.error)}); repeat the command to send the rest, or run  '
@@ -117,11 +122,6 @@ class WandbLogger:
                 note(f'waiting up to {limit} s for W&B; the record in {self.folder} is complete, and Ctrl-C stops the waiting')
 
 
-def exit_now(code):
-    sys.stdout.flush()
-    os._exit(code)
-
-
 def log_in(run):
     """Makes sure, without asking the server, that there is a W&B key if a run is to be copied online. Raises ConfigError."""
     if run.wandb_mode != 'online' or not distributed.is_main_process():
@@ -140,8 +140,7 @@ def log_in(run):
 def agent_environment() -> dict:
     """{sweep_id, run_id} that a W&B agent has started this process with, {} without an agent.
 
-    They are removed from the environment, where every W&B run of this process would read them: only the first seed belongs to the
-    sweep.
+    They leave the environment, where W&B would read them for every seed: only the first belongs to the sweep.
     """
     if 'WANDB_SWEEP_ID' not in os.environ:
         return {}

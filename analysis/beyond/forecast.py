@@ -1,9 +1,5 @@
 """The loss curve of a larger model, forecast from a ladder of smaller ones before it is trained, with intervals.
 
-    python -m figures forecast LOG --target D=2048 [--max-width 1024] [--seen 0.3]
-    python -m figures forecast LOG --target each [--seen 0.3]            every larger model from every set of smaller ones
-    python -m figures forecast CONSTANT --target D=2048 --schedule linear --pairs LOG [--horizon TOKENS]
-
 The statistical model is in ladder_field.py. This file has the targets, two baselines, the errors of a forecast whose target is in
 the log, and the check of a ladder on itself. Errors are relative to the target's reducible loss L - L0. L0 is that of the scaling
 law through the whole log, target included, so that a forecast is not judged by its own L0.
@@ -56,8 +52,8 @@ def params_of(table, wanted):
 
 def optimal_compute(ladder, p):
     """C* in FLOPs of a model with p parameters: a straight line through the ladder in log C*, log p."""
-    line = np.polyfit(np.log(ladder.p), np.log(ladder.compute), 1)
-    return np.exp(np.polyval(line, np.log(p)))
+    slope, level = np.polyfit(np.log(ladder.p), np.log(ladder.compute), 1)
+    return np.exp(slope * np.log(p) + level)
 
 
 def optimal_params(ladder, compute):

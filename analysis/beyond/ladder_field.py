@@ -235,15 +235,15 @@ def log_likelihood(field, scales):
     return jacobian - log_determinant - 0.5 * (factor[:, n, :n] ** 2).sum(-1)
 
 
-def sample_scales(field, rng, size=500):
-    """Draws [size, 7] of the scales from their posterior; some 3,000 evaluations of the likelihood. Raises LogError on failure."""
+def sample_scales(field, rng):
+    """Draws [S, 7] of the scales from their posterior; some 3,000 evaluations of the likelihood. Raises LogError on failure."""
     low, high = ANGLE_AND_KAPPA_BOUNDS.T
 
     def scales_of(z):  # ndtr turns a standard normal variable into a uniform one; the tangent makes that half-Cauchy
         uniform = np.clip(ndtr(z), 1e-3, 1 - 1e-3)
         return np.concatenate([low + (high - low) * uniform[:, :2], np.log(SCALE_SIZES * np.tan(np.pi / 2 * uniform[:, 2:]))], 1)
 
-    return scales_of(importance_sampling.sample(lambda z: log_likelihood(field, scales_of(z)), 7, rng, size))
+    return scales_of(importance_sampling.sample(lambda z: log_likelihood(field, scales_of(z)), 7, rng))
 
 
 def condition(field, scales):

@@ -61,8 +61,7 @@ def read(expected, x, loss, alarm_level=DEFAULT_ALARM_LEVEL):
     """Reading of a run from its evaluations loss [n] at x [n], increasing shares of its horizon.
 
     The noise is estimated from `freedom` differences between runs, so both tests are F tests and not χ² tests. The forecast is the
-    final residual conditional on those observed. The run does not update the scales of the ladder's model, as `forecast --seen`
-    lets it do.
+    final residual conditional on those observed; the run does not update the scales of the ladder's model.
     """
     k = np.flatnonzero((expected.x >= x[0]) & (expected.x <= x[-1] * (1 + 1e-9)))
     at_knots = np.exp(np.interp(np.log(expected.x[k]), np.log(x), np.log(loss)))
@@ -82,15 +81,6 @@ def read(expected, x, loss, alarm_level=DEFAULT_ALARM_LEVEL):
     variance = expected.covariance[-1, -1] - gain @ with_final
     half = NORMAL_90 * float(expected.reducible[-1] * np.sqrt(max(variance, 0)))
     return Reading(expected.x[k], residual, p_value, alarm, final, final - half, final + half)
-
-
-def horizon_compute(table):
-    """FLOPs at the end of the run, from its configuration. Raises LogError if that does not say."""
-    end = table.reindex(columns=['opt_compute', 'num_params', 'T']).iloc[-1].astype(float)
-    compute = end['opt_compute'] if np.isfinite(end['opt_compute']) else 6 * end['num_params'] * end['T']
-    if not np.isfinite(compute):
-        raise LogError('the run has neither opt_compute nor T, so its end is unknown; give --horizon TOKENS')
-    return float(compute)
 
 
 def follow(ladder_log, p, compute):
@@ -113,13 +103,20 @@ def follow(ladder_log, p, compute):
 
 
 def analyse(table, ladder_table, tokens=None, level=None):
-    """The state of a run so far as a dict. tokens: its horizon, if it does not say. level: from `alarm_level`, if known."""
+    """The state of a run so far as a dict. tokens: its horizon, if it does not say. level: from `alarm_level`, if known.
+
+    Raises LogError if the end of the run is not known.
+    """
     logs.require(table, ['num_params', 'compute', 'test_loss'], 'watching a run')
     p = float(table['num_params'].iloc[-1])
     expected = expect(ladder_field.read_ladder(ladder_table), p)
     level = alarm_level(ladder_table) if level is None else level
     rows = table[(table['compute'] > 0) & np.isfinite(table['test_loss'])]
-    x = (rows['compute'] / (6 * p * tokens if tokens else horizon_compute(table))).to_numpy()
+    end = table.reindex(columns=['opt_compute', 'T']).iloc[-1].astype(float)
+    horizon = 6 * p * tokens if tokens else end.fillna({'opt_compute': 6 * p * end['T']})['opt_compute']
+    if not np.isfinite(horizon):
+        raise LogError('the run has neither opt_compute nor T, so its end is unknown; give --horizon TOKENS')
+    x = (rows['compute'] / horizon).to_numpy()
     if len(x) < 2 or x[-1] < expected.x[0]:
         return {'x': [], 'now': float(x[-1]) if len(x) else 0.0, 'alarm': None, 'expected': expected}
     reading = read(expected, x, rows['test_loss'].to_numpy(), level)

@@ -76,12 +76,12 @@ def read_csv(path, warmup=None, without=None):
     return {name: make_curve(name, rows['step'], rows['lr'], rows['test_loss'], warmup) for name, rows in tables.items()}
 
 
-def from_table(table, p=None, skip=0.05):
+def from_table(table, p=None):
     """({name: Curve}, notes) of one model in a log: a curve for each schedule, decay and horizon, the mean over its runs.
 
     Of several models, the one with the most curves is used unless p is given. A curve is named by its schedule and, if it decays
     over a part of the run only, that share: `linear`, `linear_0.2`. If there are several horizons, those other than the one with
-    the most curves have their number of steps appended: `linear_1660`. The first `skip` of the shortest run's steps is left out, as
+    the most curves have their number of steps appended: `linear_1660`. The first 5% of the shortest run's steps are left out, as
     no power law holds there yet. A run with a `parent` branches off that run at its first evaluation: its rates up to there are
     those of the parent, and its losses begin there. Raises LogError if columns are missing or the model was trained with several
     batch sizes or peak rates.
@@ -105,7 +105,7 @@ def from_table(table, p=None, skip=0.05):
     ends['several'] = ends.groupby(['schedule', 'decay'])['step'].transform('nunique') > 1
     horizon = ends[['schedule', 'decay', 'step']].drop_duplicates()['step'].mode().max()
     groups = ends.groupby([ends['several'] & (ends['step'] != horizon), ends['decay'] < 1, 'schedule', 'decay', 'step'], sort=False)
-    curves, first_step, size = {}, skip * ends['step'].min(), groups.size()
+    curves, first_step, size = {}, 0.05 * ends['step'].min(), groups.size()
     for (other_horizon, partial, schedule, decay, steps), group in sorted(groups, key=lambda one: one[0][:2]):
         name = schedule + (f'_{decay:g}' if partial else '') + (f'_{steps:.0f}' if other_horizon else '')
         rows, branch = _mean(table, group.index, first_step), 0

@@ -85,16 +85,13 @@ def multi_power_columns(curve, alpha, C, beta, gamma, slopes=False):
     return columns, -power * np.log(curve.tau), np.stack([by_x @ rise / C, (left * log) @ rise, -by_x @ (rise * np.log(rate))], 1)
 
 
-def memoryless_columns(curve, alpha):
-    """Columns [n, 3] of the law L0 + A·τ^(-α) + c·η: eq. 14 with constant Tr Σ. It is the first phase of the published fit."""
-    return np.stack([np.ones_like(curve.tau), curve.tau ** -alpha, curve.lr], 1)
-
-
 noise_law = Law('noise law', noise_columns, ('L0', 'A', 'c', 'alpha', 'n0'),
                 [(alpha, n0) for alpha in (0.2, 0.35, 0.5, 0.7, 1.0) for n0 in (0.1, 1, 10)])
 multi_power_law = Law('multi-power law', multi_power_columns, ('L0', 'A', 'B', 'alpha', 'C', 'beta', 'gamma'),
                       [(alpha, 1, beta, gamma) for alpha in (0.3, 0.5, 0.8) for beta in (0.2, 0.6) for gamma in (0.3, 0.7)])
-memoryless_law = Law('no memory', memoryless_columns, ('L0', 'A', 'c', 'alpha'), [(alpha,) for alpha in (0.2, 0.35, 0.5, 0.7, 1.0)])
+# L0 + A·τ^(-α) + c·η: eq. 14 with constant Tr Σ. It is the first phase of the published fit.
+memoryless_law = Law('no memory', lambda curve, alpha: np.stack([np.ones_like(curve.tau), curve.tau ** -alpha, curve.lr], 1),
+                     ('L0', 'A', 'c', 'alpha'), [(alpha,) for alpha in (0.2, 0.35, 0.5, 0.7, 1.0)])
 
 
 def predict(fit, curve):
