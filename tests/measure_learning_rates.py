@@ -1,8 +1,8 @@
 """The best learning rate of an MLP by width, with and without the width rules of µP, under Adam, AdamW or Muon.
 
-    python tests/measure_learning_rates.py muon          # one to three minutes on two cores
+    python tests/measure_learning_rates.py muon          # some minutes on two cores
 
-100 steps of 128 examples of the power-law task at constant rates a factor of two apart, one seed; the mean loss of the last forty
+100 steps of 128 examples of the power-law task at constant rates a factor of two apart; the mean loss over SEEDS and the last forty
 batches, whose minimum is interpolated by a parabola in log rate.
 """
 import argparse
@@ -18,6 +18,7 @@ from learning import best_rate, learn, power_law_batches  # noqa: E402
 from trainer import config, process  # noqa: E402
 
 WIDTHS = 32, 64, 128, 256
+SEEDS = 4
 LOG_RATES = {'adam': np.arange(-13, -5), 'adamw': np.arange(-13, -5), 'muon': np.arange(-11, -4)}
 TIMESCALE = 0.3  # of AdamW, in lengths of the run
 
@@ -30,9 +31,9 @@ def resolve(name, *overrides):
 def losses_by_rate(optimiser, D, targets):
     """{mup: losses [rate, seed, steps]}. At a fixed timescale the decay depends on the rate, so AdamW has a program for each."""
     if optimiser != 'adamw':
-        return {mup: losses for mup, (_, losses) in learn(resolve, optimiser, 'mlp', D, 2.0**LOG_RATES[optimiser], 100, 1,
+        return {mup: losses for mup, (_, losses) in learn(resolve, optimiser, 'mlp', D, 2.0**LOG_RATES[optimiser], 100, SEEDS,
                                                           targets).items()}
-    runs = [learn(resolve, 'adam', 'mlp', D, [1.0], 100, 1, targets, (f'opt.lr={rate}', f'opt.decay_timescale={TIMESCALE}'))
+    runs = [learn(resolve, 'adam', 'mlp', D, [1.0], 100, SEEDS, targets, (f'opt.lr={rate}', f'opt.decay_timescale={TIMESCALE}'))
             for rate in 2.0**LOG_RATES['adamw']]
     return {mup: np.concatenate([run[mup][1] for run in runs]) for mup in (True, False)}
 
