@@ -96,8 +96,8 @@ def schedule_row(name, table):
     found, _ = schedules.analyse(table)
     rows = pd.DataFrame(found['leave_one_schedule_out'], columns=['schedule', 'error'])
     return {'log': name, 'schedules': ', '.join(sorted(set(rows['schedule']))),
-            'α': f'{found["alpha"]:.3f} ± {found["alpha_se"]:.3f}',
-            'α with the trace as logged': f'{found["alpha_published"]:.3f} ± {found["alpha_published_se"]:.3f}',
+            'α': number(found['alpha'], found['alpha_ci'], 3),
+            'α with the trace as logged': number(found['alpha_published'], found['alpha_published_ci'], 3),
             'error of a schedule left out, of the drop':
                 f'{rows["error"].min():.0%} to {rows["error"].max():.0%}' if rows['error'].notna().any() else '',
             'rms error, of the loss range': f'{found["rmse_relative"]:.1%}'}
