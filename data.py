@@ -17,6 +17,7 @@ from token_files import files as token_files
 
 BLOCK_BYTES = 1 << 25  # of training data sent to the device at a time: large enough to hide the transfer
 BLOCK_STEPS = 1024
+TEST_ROWS = 16  # opt.B of configs/bigram.yaml
 GENERATED = ('fourier', 'bigram')  # the values of ds_path that name no folder
 
 
@@ -242,7 +243,9 @@ def bigram_task(run, rows) -> Task:
     def batch(tokens):
         return Batch(tokens, *next_tokens(tokens, None, False))
 
-    test = batch(bigram_tokens(44, jnp.arange(run.derived.num_test_batches), table, B, L))
+    count = run.derived.num_test_batches * B  # test sequences, made TEST_ROWS at a time, so that they do not depend on B
+    sequences = bigram_tokens(44, jnp.arange(-(-count // TEST_ROWS)), table, TEST_ROWS, L)
+    test = batch(sequences.reshape(-1, L)[:count].reshape(-1, B, L))
     entropy = -np.log(transitions[test.x[..., :-1], test.x[..., 1:]]).mean()
     return Task(M, block, batch, optax.softmax_cross_entropy_with_integer_labels, test, per_seed=False, in_rows=True,
                 entropy=float(entropy))

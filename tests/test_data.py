@@ -331,6 +331,13 @@ def test_a_batch_of_the_language_is_a_function_of_the_step(bigram, monkeypatch):
     assert batch.weight[:, :-1].all() and not batch.weight[:, -1].any()
 
 
+def test_the_test_tokens_of_the_language_do_not_depend_on_the_batch_size(bigram):
+    tokens = [bigram(f'opt.B={B}')[1].test.x.reshape(-1, 16) for B in (4, 64, 24)]
+    assert len(tokens[0]) == len(tokens[1]) == 4096 and len(tokens[2]) == 4080  # 65,536 tokens, in whole batches
+    for other in tokens[1:]:
+        np.testing.assert_array_equal(other, tokens[0][:len(other)])
+
+
 def test_the_language_does_not_depend_on_the_setting_of_jax(bigram):
     usual = bigram()[1].block(0)[:3]
     with jax.threefry_partitionable(False):
