@@ -3,8 +3,11 @@
 import signal
 import sys
 
-from analysis.columns import LogError, hint
-from figures import beyond_commands, paper_commands, report, tables
+if not __package__:  # run as a folder, whose imports would fail
+    sys.exit('error: wanted  python -m figures COMMAND LOG …')
+
+from analysis.columns import LogError, hint  # noqa: E402
+from figures import beyond_commands, paper_commands, report, tables  # noqa: E402
 
 COMMANDS = {  # name: (function of the arguments that follow the name, help)
     'collapse': (paper_commands.collapse, 'scaling law, collapse tolerance Δ against noise floor σ, where supercollapse begins'),

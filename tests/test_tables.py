@@ -1,5 +1,9 @@
 """Each kind of log gives its row, and a result becomes a short data frame. The analyses themselves have tests of their own."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 
 from analysis import collapse, horizon, scaling_law, schedules
@@ -53,3 +57,10 @@ def test_a_summary_has_the_rounded_numbers_and_their_intervals():
         np.testing.assert_allclose(float(row['value']), value, rtol=5e-4)  # four digits
         low_high = [float(number) for number in row['90% interval'].strip('[]').split(', ')] if ci else None
         assert ci is None and row['90% interval'] == '' or np.allclose(low_high, ci, rtol=5e-4)
+
+
+def test_the_folder_run_as_a_program_says_how_to_run_it():
+    """Its imports would fail, as it is not the folder above that Python then searches."""
+    root = Path(__file__).parent.parent
+    found = subprocess.run([sys.executable, 'figures', 'collapse'], cwd=root, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr == 'error: wanted  python -m figures COMMAND LOG …\n'
