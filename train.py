@@ -226,7 +226,7 @@ def run_config(cfg, overridden=frozenset()):
         return
     if costly := config.evaluation_warning(run):
         note(f'note: {costly}')
-    with process.ProgressBar(derived.steps, run.name(run.all_seeds[0]), distributed.is_main_process()) as bar:
+    with closing(process.ProgressBar(derived.steps, run.name(run.all_seeds[0]), distributed.is_main_process())) as bar:
         summaries = train(run, bar.on_steps)
     for summary in summaries:
         print(f"seed {summary['seed']}: {summary['state']}, test_loss {summary.get('test_loss', float('nan')):.5f}, "

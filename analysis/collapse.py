@@ -189,7 +189,7 @@ def best_L0(curves):
     return float(floors[squared.argmin()]), [float(inside[0]), float(inside[-1])]
 
 
-def L0_choices(curves, law, law_ci, ddof=0):
+def L0_choices(curves, law, law_ci, ddof):
     """One record for each L0: `zero`, `law`, `best` (see best_L0), `law_low` and `law_high` (the ends of the law's interval).
 
     Its keys: name, L0, L0_ci, delta and sigma at x = 0.5, drop_spread, supercollapse_from, and the verdict with this L0 held.
@@ -249,7 +249,7 @@ def verdict_in_words(result):
     return ': '.join(verdict(result))
 
 
-def uncertainty(curves, L0, ddof=0, seed=0):
+def uncertainty(curves, L0, ddof, seed=0):
     """90% intervals of Δ, σ and both onsets, and the share of draws without an onset (`never`), by their keys in `analyse`.
 
     L0 [S] has a value for each draw. A draw resamples the seeds within each model. Drawing n seeds with replacement lowers their

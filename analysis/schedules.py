@@ -222,7 +222,7 @@ def noise_share(table, p, L0):
     return np.exp(np.polyfit(np.log(mean.index / p), mean, 1)[1])                                # the line at log p
 
 
-def apply_schedule(name, x, reducible, share, alpha, horizon_ratio=1.0):
+def apply_schedule(name, x, reducible, share, alpha, horizon_ratio):
     """Reducible loss [S, G] at x under the schedule `name`, predicted from the constant-rate loss `reducible` [S, G] at the same x.
 
     Eq. 16 with Tr Σ = share [S] × reducible loss (eq. 17), at equal τ: R_const(τ)·(1 - α·(1 - η)·share). α is a number or [S].

@@ -230,9 +230,9 @@ def clean(table):
     return table, notes, copies
 
 
-def _names(names, most=3):
+def _names(names):
     names = sorted(set(names))
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
 def _cut_short(table):

@@ -10,9 +10,9 @@ from analysis.columns import PETA
 from figures import style
 
 
-def schedule_laws(curves, fits, fitted, most=6):
-    """Figure of at most `most` unseen curves: above, measured and predicted by two fitted laws; below, the errors and the rate."""
-    unseen = [name for name in curves if name not in fitted][:most]
+def schedule_laws(curves, fits, fitted):
+    """Figure of at most six unseen curves: above, measured and predicted by two fitted laws; below, the errors and the rate."""
+    unseen = [name for name in curves if name not in fitted][:6]
     figure, axes = plt.subplots(2, len(unseen), figsize=(2.6 * len(unseen), 4.6), squeeze=False, height_ratios=(3, 2),
                                 sharex='col', sharey='row')
     errors = {name: [laws.predict(fit, curves[name]) - curves[name].loss for fit in fits] for name in unseen}

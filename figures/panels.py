@@ -180,7 +180,7 @@ def joint(t, p, loss, fit):
     return figure
 
 
-def power_law_grid(alpha=0.6, beta=0.52):
+def power_law_grid(alpha, beta):
     """Exact power laws: the law, then the normalised curves at 0.9γ*, γ* and 1.1γ*; two terms above, phase II below (fig. 5b)."""
     rows = {'two terms': (power_laws.TWO_TERMS, 1.0),
             f'phase II, α={alpha:g}, β={beta:g}': power_laws.phase_two(alpha, beta)}

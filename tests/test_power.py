@@ -179,8 +179,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert len(result['beside'][str(paths['bad'])]['p_value']) == 4 and len(result['predicted']) == len(power.FACTORS)
     assert main(['power', str(paths['good']), '--seeds', '3', '--more', '1', '--gamma', '1.3', '--L0', str(L0)]) == 0
     assert '6 models' in (out := capsys.readouterr().out) and 'what would show 1.3·γ' in out
-    for wrong, message in ((['--seeds', '0'], '--seeds 0 must be at least 1'), (['--out', 'a.png'], 'unrecognized arguments: --out'),
-                           (['--beside', 'none.csv'], 'no such file')):
+    for wrong, message in ((['--seeds', '0'], '--seeds 0 must be at least 1'),
+                           (['--out', 'a.png'], 'unrecognized arguments: --out'), (['--beside', 'none.csv'], 'no such file')):
         assert main(['power', str(paths['good']), *wrong]) == 2
         assert message in (error := capsys.readouterr().err) and error.count('\n') == 1
     assert main(['power', str(paths['single'])]) == 2

@@ -1,7 +1,4 @@
-"""Check a data set, describe it, and print a configuration to start from: the work of `python -m token_files DIR`.
-
-Every file is read from start to end. The description is printed as YAML comments, so that the output is a configuration file.
-"""
+"""What `python -m token_files DIR` prints: a description of a data set, as YAML comments, and a configuration to start from."""
 
 import hashlib
 import itertools

@@ -1,14 +1,4 @@
-"""Token files on disk: open, read and check them. No JAX is needed. Batches are made in data.py.
-
-A data set is a folder in one of two forms:
-
-- `train.bin` and `test.bin` (or `val.bin`): token ids one after another without a header, uint8 unless meta.json says
-  `"dtype": "uint16"`;
-- shards `NAME_train_*.bin` and `NAME_val_*.bin`: uint16 ids after a header of 256 int32 (magic number, version, token count),
-  the format of llm.c and modded-nanogpt.
-
-`meta.json` may describe it; see meta.py.
-"""
+"""Token files on disk, in the two formats of docs/data.md: open, read and check them. Batches are made in data.py."""
 
 import hashlib
 from pathlib import Path
@@ -106,7 +96,7 @@ def open_tokens(folder: str | Path, split: str = 'train') -> Tokens:
     return tokens
 
 
-def read_blocks(tokens: Tokens, progress: str | None = None):
+def read_blocks(tokens: Tokens, progress: str | None):
     """Yield (file, position in it, ids [at most BLOCK_TOKENS]) through all files.
 
     Blocks are read, not memory-mapped, so that only one is in memory. `progress` labels a progress bar; None shows none.

@@ -1,7 +1,6 @@
 """The configuration of a run: its keys with their types and limits, and all values derived from them.
 
-`resolve` turns what Hydra composed into a frozen `Run`. It is called once for each run. Every other module is given the `Run`.
-The defaults are in configs/default.yaml.
+`resolve` turns what Hydra composed into a frozen `Run`, which every other module is given. configs/default.yaml has the defaults.
 """
 import dataclasses
 import difflib

@@ -92,10 +92,7 @@ class ProgressBar:
         self.settings = dict(total=steps, unit='step', desc=description, smoothing=0.05, disable=not visible)
         self.bar, self.metrics = None, {}
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         if self.bar is not None:
             self.bar.close()
 

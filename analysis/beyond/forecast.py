@@ -149,7 +149,7 @@ def evaluate(x, band, curves, truth, L0, seen=0.0):
         'final_covered90': bool(inside[-1]), 'L0': L0, 'baselines': others}
 
 
-def leave_out(table, seen_values=(0.0,), min_models=4):
+def leave_out(table, seen_values, min_models):
     """A dict for every split of a log: the n smallest models, n >= min_models, forecast each larger one."""
     ladder = ladder_field.read_ladder(table, [x for x in seen_values if x])
     M = len(ladder.p)

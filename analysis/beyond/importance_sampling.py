@@ -14,10 +14,11 @@ from analysis.table import LogError
 DEGREES_OF_FREEDOM = 5         # of the Student t proposals: heavier tails than the target's
 MIN_EFFECTIVE_SAMPLE_SIZE = 400
 DRAWS_PER_ROUND = 400
+SAMPLE_SIZE = 500
 
 
-def sample(log_likelihood, dimensions, rng, size=500, max_rounds=30):
-    """Returns `size` draws of z [size, dimensions] from the posterior, resampled to equal weights.
+def sample(log_likelihood, dimensions, rng, max_rounds=30):
+    """Returns draws of z [SAMPLE_SIZE, dimensions] from the posterior, resampled to equal weights.
 
     log_likelihood maps z [n, dimensions] to [n]. The rounds end when the effective sample size reaches MIN_EFFECTIVE_SAMPLE_SIZE.
     Raises LogError if it stays below a tenth of that after max_rounds.
@@ -44,7 +45,7 @@ def sample(log_likelihood, dimensions, rng, size=500, max_rounds=30):
         raise LogError(f'the posterior could not be sampled: {len(z)} draws have an effective sample size of '
                        f'{effective_sample_size(weight):.0f}; check the log for runs that do not belong to one ladder')
     cumulative = np.cumsum(weight)  # systematic resampling
-    return z[np.searchsorted(cumulative / cumulative[-1], (np.arange(size) + rng.random()) / size)]
+    return z[np.searchsorted(cumulative / cumulative[-1], (np.arange(SAMPLE_SIZE) + rng.random()) / SAMPLE_SIZE)]
 
 
 def effective_sample_size(weight):
