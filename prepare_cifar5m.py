@@ -2,11 +2,8 @@
 
     python prepare_cifar5m.py cifar5m_part*.npz        # the six parts from github.com/preetum/cifar5m
 
-A part is an .npz file whose array X is [images, 32, 32, 3] uint8. Each image becomes 1,024 tokens in raster order: the mean of the
-three channels, truncated, so that ids are 0 … 255. The test set is --test-images images, drawn from all parts without replacement
-with --seed. Both sets keep the order of the parts.
-
-The images are read in blocks straight from the archive, so memory stays below 100 MB.
+A part is an .npz file whose array X is [images, 32, 32, 3] uint8. It is read in blocks straight from the archive, so memory stays
+below 100 MB. docs/data.md says how images become tokens, and which are the test set.
 """
 
 import argparse

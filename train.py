@@ -1,7 +1,6 @@
 """Trains one configuration, all its seeds together, to its horizon:  python train.py -cn mlp model.D=64 opt.lr=0.001 T=2e6
 
-This file has the Hydra entry point and the training loop. trainer/programs.py has the compiled programs. A Session holds what
-changes while a run trains: the state on the devices, the step, the clock and the records.
+This file has the Hydra entry point and the training loop. trainer/programs.py has the compiled programs.
 """
 import functools
 import signal

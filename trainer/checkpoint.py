@@ -72,9 +72,6 @@ class Checkpoints:
         if self.manager is not None:
             self.manager.close()
 
-    def remove(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def delete_unshared(group):
     """Deletes every checkpoint whose step is missing for another seed of the group, which consists of Checkpoints.

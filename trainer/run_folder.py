@@ -1,7 +1,6 @@
 """A run's folder: config.yaml, history.jsonl, summary.json and a lock. It is the original record of the run.
 
-checkpoint.py writes the states, wandb_logger.py the copy in W&B. train.py decides what a row holds. analysis/table.py reads folders
-back.
+checkpoint.py writes the states, wandb_logger.py the copy in W&B. analysis/table.py reads folders back.
 """
 import fcntl
 import importlib.metadata
@@ -119,7 +118,7 @@ class RunFolder:
             self.history.close()
         summary = self.write_summary(state, **numbers)
         if state in ENDED and self.is_writer:
-            self.checkpoints.remove()
+            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
         return finish_copy(self.wandb, summary) if self.wandb else summary
 
 

@@ -1,7 +1,4 @@
-"""The copy of a run in W&B. No other file of the trainer imports wandb.
-
-run_folder.py writes the original record on disk. save_logs.py reads runs back from W&B.
-"""
+"""The copy of a run in W&B, beside the record of run_folder.py. No other file of the trainer imports wandb."""
 import atexit
 import functools
 import os
@@ -91,16 +88,12 @@ class WandbLogger:
             self.run.summary.update(summary | self.origin)
             self.run.finish(exit_code=int(requeue))
 
-        def exit_now():
-            sys.stdout.flush()
-            os._exit(128 + self.stops[0])
-
         self.calls.put(end)
         self.calls.put(None)
         self._wait()
         if self.thread.is_alive():  # a signal ended the waiting
             warn('W&B does not answer, and has not received all of the run; repeat the command to send the rest')
-            atexit.register(exit_now)  # called before the client's own exit handler, which would wait
+            atexit.register(exit_now, 128 + self.stops[0])  # called before the client's own exit handler, which would wait
             return False
         if self.error:
             warn(f'W&B did not receive all of the run ({brief(self.error)}); repeat the command to send the rest, or run  '
@@ -120,6 +113,11 @@ class WandbLogger:
                 told = True
                 limit = TIMEOUT_INTERRUPTED if signals else TIMEOUT
                 note(f'waiting up to {limit} s for W&B; the record in {self.folder} is complete, and Ctrl-C stops the waiting')
+
+
+def exit_now(code):
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def log_in(run):
