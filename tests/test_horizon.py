@@ -79,7 +79,7 @@ def test_too_little_is_refused():
             horizon.fit(horizon.smooth_curves(planted(models=models, past=past)))
     with pytest.raises(logs.LogError, match='none .schedules: linear'):
         horizon.constant_rate(power_law_table(np.random.default_rng(0)))
-    with pytest.raises(logs.LogError, match='needs num_params'):
+    with pytest.raises(logs.LogError, match='needs p'):
         horizon.constant_rate(planted().drop(columns='num_params'))
 
 
