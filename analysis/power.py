@@ -185,5 +185,6 @@ def analyse(table, L0=None, constant=None, factor=0.8, seeds=None, more=0):
         'factor': factor, 'needed': {'seeds': first([(number, collapsed(exact, number)) for number in SEEDS], error, factor),
                                      'p': first([(one.p[-1], one) for one in longer], error, factor)},
         'predicted': [{'factor': one} | predicted(good, **wrong_gamma(good, one)) for one in FACTORS],
+        'noise': ladder.sgd[:, :-1] if ladder.sgd.any() else None,  # N(x)/R(1), in units of ℓ
         'fit': ladder.law._asdict(), 'gamma': ladder.gamma, 'mu': ladder.mu, 'share': ladder.share, 'num_params': exact.p,
         'seeds_per_model': exact.seeds, 'power': POWER, 'false_alarms': FALSE_ALARMS}, ladder, notes

@@ -93,6 +93,9 @@ def power(argv):
              f'what would show {args.gamma:g}·γ: seeds per model, or models at the same steps up to p:',
              commands.text({'x': x} | result['needed']),
              'predicted Δ, median, for other γ at the same total compute:', commands.text(predictions)]
+    if result['noise'] is not None:
+        lines += ['N(x)/R(1), the part of ℓ that is noise of SGD, by model:', commands.text({'x': x} | {
+            f'p = {p:.4g}': noise for p, noise in zip(ladder.p, result['noise'], strict=True)})]
     for log, one in result['beside'].items():
         lines += [f'{log} beside the prediction for its horizons:', commands.text({'x': x} | {
             key: one[key] for key in ('measured', 'delta', 'delta_law', 'p_value', 'measured_refit', 'delta_refit')})]

@@ -176,9 +176,10 @@ def test_command(tmp_path, capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     assert result['x'] == list(power.X) and set(result['smallest']) == set(power.ERRORS)
     assert result['smallest']['horizon_above'] == [None] * 4 and result['notes'] == []
+    np.testing.assert_allclose(result['noise'], [SGD * (1 - np.array(power.X))] * 5, rtol=0.02)  # final losses differ by 0.5%
     assert len(result['beside'][str(paths['bad'])]['p_value']) == 4 and len(result['predicted']) == len(power.FACTORS)
     assert main(['power', str(paths['good']), '--seeds', '3', '--more', '1', '--gamma', '1.3', '--L0', str(L0)]) == 0
-    assert '6 models' in (out := capsys.readouterr().out) and 'what would show 1.3·γ' in out
+    assert '6 models' in (out := capsys.readouterr().out) and 'what would show 1.3·γ' in out and 'part of ℓ that is noise' in out
     for wrong, message in ((['--seeds', '0'], '--seeds 0 must be at least 1'),
                            (['--out', 'a.png'], 'unrecognized arguments: --out'), (['--beside', 'none.csv'], 'no such file')):
         assert main(['power', str(paths['good']), *wrong]) == 2
