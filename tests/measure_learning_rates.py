@@ -1,6 +1,6 @@
 """The best learning rate of an MLP by width, with and without the width rules of µP, under Adam, AdamW or Muon.
 
-    python tests/measure_learning_rates.py muon          # some minutes on two cores
+    python tests/measure_learning_rates.py muon          # two to six minutes on two cores
 
 100 steps of 128 examples of the power-law task at constant rates a factor of two apart; the mean loss over SEEDS and the last forty
 batches, whose minimum is interpolated by a parabola in log rate.
