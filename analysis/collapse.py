@@ -203,8 +203,8 @@ def L0_choices(curves, law, law_ci, ddof):
         'name': list(values), 'L0': L0, 'L0_ci': [{'law': law_ci, 'best': best_ci}.get(name) for name in values],
         'delta': each.delta[:, half], 'sigma': each.sigma[:, :, half].mean(1), 'drop_spread': drop_spread(curves, L0),
         'supercollapse_from': onset(curves.x, each.delta, each.sigma.mean(1))})
-    cases = [found['sigma'].isna(), found['supercollapse_from'].notna(), found['drop_spread'] <= TIGHT]
-    return found.assign(verdict=np.select(cases, ['not decidable', 'supercollapse', 'collapse'], 'no collapse')).to_dict('records')
+    cases = [found['sigma'].isna(), found['drop_spread'] > TIGHT, found['supercollapse_from'].notna()]
+    return found.assign(verdict=np.select(cases, ['not decidable', 'no collapse', 'supercollapse'], 'collapse')).to_dict('records')
 
 
 def L0_conflict(choices):
@@ -223,8 +223,9 @@ def L0_conflict(choices):
 def verdict(result):
     """(word, reason) on the result of `analyse`: supercollapse, collapse, no collapse or not decidable.
 
-    The word must hold for the law's L0 and the ends of its interval, and for the best L0 if the two are in conflict. Supercollapse
-    is Δ < σ from some x on, with a 90% interval of that x. A collapse is a spread of the drop of at most TIGHT.
+    The word must hold for the law's L0 and the ends of its interval, and for the best L0 if the two are in conflict. A collapse is
+    a spread of the drop of at most TIGHT. Supercollapse is Δ < σ from some x on, with a 90% interval of that x, and a collapse with
+    some L0 of the law's interval: Δ(1) = 0 by construction, so that Δ < σ near the end is no sign of a collapse.
     """
     seeds, leave_out = result['seeds_per_model'], ('zero',) if result['L0_conflict'] else ('zero', 'best')
     judged = [one for one in result['L0_choices'] if one['name'] not in leave_out]
@@ -233,7 +234,10 @@ def verdict(result):
     tight = 'Δ(0.5) = {delta:.4f}, spread of the drop {drop_spread:.1%}'.format(**judged[0])
     if min(seeds) < 2:
         return 'not decidable', f'{"one seed per model" if max(seeds) < 2 else "a model with one seed"}, no noise floor σ; {tight}'
-    words = {one['verdict']: one['L0'] for one in judged[::-1]}
+    low, high = judged[0]['L0_ci'] or (judged[0]['L0'],) * 2
+    if all(one['drop_spread'] > TIGHT for one in result['L0_choices'] if one in judged or low <= one['L0'] <= high):
+        return 'no collapse', tight
+    words = {one['verdict'] if np.isnan(one['supercollapse_from']) else 'supercollapse': one['L0'] for one in judged[::-1]}
     if len(words) > 1:
         return 'not decidable', 'L0 decides: ' + ', '.join(f'{word} with L0 = {L0:.4g}' for word, L0 in words.items())
     if 'supercollapse' not in words:
@@ -289,13 +293,12 @@ def analyse(table, L0=None, ddof=0, draws=200):
     """
     here, points, notes = curves(table), scaling_law.optimal_points(table), []
     seeds, one_model = np.bincount(here.model), len(here.p) == 1
-    refits = profile = None
-    law = scaling_law.fit(points.compute, points.loss, L0)
+    law, profile = scaling_law.fit(points.compute, points.loss, L0), None
+    refits, origin = (None, None) if one_model else scaling_law.bootstrap(points, law, L0=L0)
+    if origin == 'residuals':
+        notes.append('one seed per model: the intervals of the fit come from its residuals, not from seeds')
     if L0 is None:
-        refits, origin = scaling_law.bootstrap(points, law)
         profile = scaling_law.profile(points)
-        if origin == 'residuals':
-            notes.append('one seed per model: the intervals of the fit come from its residuals, not from seeds')
         if profile is None:
             notes.append('three models: the fit is exact, so L0 has no profile interval')
         elif not profile[1]:
@@ -306,16 +309,17 @@ def analyse(table, L0=None, ddof=0, draws=200):
         notes.append(f'{(seeds == 1).sum()} of {len(seeds)} models have one seed, and so no noise floor σ')
     found = spread(here, law.L0, ddof)
     floor = np.full_like(found.sigma, np.nan) if one_model else found.sigma  # one model cannot show a collapse across models
-    L0_ci = profile[0] if profile else interval(refits['L0']) if refits else None
+    fit_ci = {f'{key}_ci': interval(refits[key]) if refits and (key != 'L0' or L0 is None) else None for key in ('a', 'b', 'L0')}
+    L0_ci = profile[0] if profile else fit_ci['L0_ci']
     choices = [] if one_model else L0_choices(here, law.L0, L0_ci, ddof)
     notes += [conflict] if (conflict := L0_conflict(choices)) else []
     intervals = dict.fromkeys(('delta_ci', 'sigma_ci', 'supercollapse_from_ci', 'supercollapse_from_every_model_ci', 'never'))
     if seeds.min() > 1 and not one_model:
-        floors = np.full(draws, L0) if L0 is not None else scaling_law.bootstrap(points, law, draws)[0]['L0']
+        floors = scaling_law.bootstrap(points, law, draws, L0)[0]['L0']
         intervals = uncertainty(here, held_below(floors, here), ddof)
     result = {
-        'fit': {**law._asdict(), **{f'{k}_ci': interval(refits[k]) if refits else None for k in ('a', 'b', 'L0')},
-                'L0_profile_ci': profile and profile[0], 'L0_identifiable': profile and profile[1], 'L0_fixed': L0 is not None},
+        'fit': {**law._asdict(), **fit_ci, 'L0_profile_ci': profile and profile[0], 'L0_identifiable': profile and profile[1],
+                'L0_fixed': L0 is not None},
         'x': here.x, 'delta': found.delta, 'sigma': found.sigma.mean(0), 'sigma_by_model': found.sigma,
         'between': found.between, 'within': found.within, 'mean': found.mean,
         'delta_expected_final': spread(here, law.L0, ddof, by='expected').delta,

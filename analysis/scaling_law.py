@@ -110,12 +110,15 @@ def fit(compute, loss, L0=None):
     return Law(float(a), float(b), float(floor), float(objective[0]), float(r2))
 
 
-def fit_batch(compute, losses, law):
-    """{'a', 'b', 'L0': [R]} of fits to the data sets losses [R, M] at the same compute [M], started near `law`."""
+def fit_batch(compute, losses, law, L0=None):
+    """{'a', 'b', 'L0': [R]} of fits to the data sets losses [R, M] at the same compute [M], started near `law`. A given L0 is held."""
     u, centre, y = _centred(compute, losses)
-    floors = np.array([max(law.L0, 1e-3 * np.exp(y.min())), 0.7 * np.exp(y.min())])
-    starts = _line(u, y.mean(0), np.minimum(floors, 0.99 * np.exp(y.mean(0).min())))
-    theta, _ = _best(u, y, starts, tolerance=1e-6)  # converged, measured on mlp.pkl; 1e-4 is not
+    if L0 is None:
+        floors = np.array([max(law.L0, 1e-3 * np.exp(y.min())), 0.7 * np.exp(y.min())])
+        starts = _line(u, y.mean(0), np.minimum(floors, 0.99 * np.exp(y.mean(0).min())))
+        theta, _ = _best(u, y, starts, tolerance=1e-6)  # converged, measured on mlp.pkl; 1e-4 is not
+    else:
+        theta, _ = _minimise(_line(u, y, L0), u, y, free=(0, 1))
     return dict(zip(('a', 'b', 'L0'), _parameters(theta, centre), strict=True))
 
 
@@ -213,10 +216,10 @@ def resampled_losses(points, law, draws, rng):
     return mean * (1 + np.stack(noise, -1)), origin
 
 
-def bootstrap(points, law, draws=400):
-    """({'a', 'b', 'L0': [draws]} of fits to resampled seeds, source of the noise). The first is None if there is no noise."""
+def bootstrap(points, law, draws=400, L0=None):
+    """({'a', 'b', 'L0': [draws]} of fits to resampled seeds, source of the noise). None for no noise. A given L0 is held."""
     losses, origin = resampled_losses(points, law, draws, np.random.default_rng(0))
-    return (None if losses is None else fit_batch(points.compute, losses, law)), origin
+    return (None if losses is None else fit_batch(points.compute, losses, law, L0)), origin
 
 
 def interval(draws):

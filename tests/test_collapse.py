@@ -146,6 +146,8 @@ def test_the_four_verdicts():
     # Seeds that agree to 1e-5 leave the 2.8% of a data exponent 10% off, and the 6.3% of one 20% off, far above σ.
     near, far = (collapse.analyse(planted(offset=1e-5, jitter=1e-5, gamma=gamma), L0=0.1, draws=20)[0] for gamma in (0.9, 1.2))
     assert words(near).startswith('collapse: Δ(0.5) = 0.0') and words(far).startswith('no collapse: Δ(0.5) = 0.0')
+    loud, _ = collapse.analyse(planted(offset=3e-2, jitter=2e-4, gamma=1.3, seeds=5), L0=0.1, draws=20)
+    assert loud['supercollapse_from'] < 0.9 and loud['verdict'] == 'no collapse'  # Δ < σ at the end is no collapse
     assert words(collapse.analyse(planted(seeds=1))[0]).startswith('not decidable: one seed per model, no noise floor σ; Δ(0.5) = ')
     assert words(collapse.analyse(planted(models=1), L0=0.1)[0]) == 'not decidable: one model'
     fewer = planted()

@@ -97,7 +97,7 @@ def test_sizes():
     lines = {path: len(path.read_text().splitlines()) for path in sources()}
     assert not {str(path): n for path, n in lines.items() if n > 400}
     assert lines[ROOT / 'train.py'] <= 250
-    assert sum(n for path, n in lines.items() if path.relative_to(ROOT).parts[0] != 'benchmarks') < 8_595
+    assert sum(n for path, n in lines.items() if path.relative_to(ROOT).parts[0] != 'benchmarks') < 8_605
     assert len((ROOT / 'README.md').read_text().split()) <= 1500
 
 
