@@ -111,7 +111,7 @@ def fit(compute, loss, L0=None):
 
 
 def fit_batch(compute, losses, law, L0=None):
-    """{'a', 'b', 'L0': [R]} of fits to the data sets losses [R, M] at the same compute [M], started near `law`. A given L0 is held."""
+    """{'a', 'b', 'L0': [R]} of fits to data sets losses [R, M] at the same compute [M], started near `law`. A given L0 is held."""
     u, centre, y = _centred(compute, losses)
     if L0 is None:
         floors = np.array([max(law.L0, 1e-3 * np.exp(y.min())), 0.7 * np.exp(y.min())])
