@@ -89,7 +89,9 @@ def ladder_row(name, table):
         i = np.abs(result['x'] - x).argmin()
         sigma = f'{result["sigma"][i]:.4f}' if decidable else '–'
         cells[f'Δ / σ at {x:g}'] = f'{result["delta"][i]:.4f} / {sigma}'
-    return cells | {'Δ < σ from x =': onset_text(result['supercollapse_from'], ci) if decidable else '–'}
+    spread = next((f'{one["drop_spread"]:.1%}' for one in result['L0_choices'] if one['name'] == 'law'), '–')
+    return cells | {'Δ < σ from x =': onset_text(result['supercollapse_from'], ci) if decidable else '–',
+                    'spread of the drop': spread, 'verdict': result['verdict']}
 
 
 def schedule_row(name, table):
