@@ -203,7 +203,7 @@ def L0_choices(curves, law, law_ci, ddof):
         'name': list(values), 'L0': L0, 'L0_ci': [{'law': law_ci, 'best': best_ci}.get(name) for name in values],
         'delta': each.delta[:, half], 'sigma': each.sigma[:, :, half].mean(1), 'drop_spread': drop_spread(curves, L0),
         'supercollapse_from': onset(curves.x, each.delta, each.sigma.mean(1))})
-    cases = [found['sigma'].isna(), found['drop_spread'] > TIGHT, found['supercollapse_from'].notna()]
+    cases = [found[['sigma', 'drop_spread']].isna().any(axis=1), found['drop_spread'] > TIGHT, found['supercollapse_from'].notna()]
     return found.assign(verdict=np.select(cases, ['not decidable', 'no collapse', 'supercollapse'], 'collapse')).to_dict('records')
 
 
@@ -223,29 +223,28 @@ def L0_conflict(choices):
 def verdict(result):
     """(word, reason) on the result of `analyse`: supercollapse, collapse, no collapse or not decidable.
 
-    The word must hold for the law's L0 and the ends of its interval, and for the best L0 if the two are in conflict. A collapse is
-    a spread of the drop of at most TIGHT. Supercollapse is Δ < σ from some x on, with a 90% interval of that x, and a collapse with
-    some L0 of the law's interval: Δ(1) = 0 by construction, so that Δ < σ near the end is no sign of a collapse.
+    Judged are the law's L0, the ends of its interval, and the best L0 if it lies in that interval or the two are in conflict. The
+    word must hold for each of them. A collapse is a spread of the drop of at most TIGHT. Supercollapse is Δ < σ from some x on for
+    each, with a 90% interval of that x, and a collapse for one: Δ(1) = 0 by construction, so Δ < σ near the end proves little.
     """
-    seeds, leave_out = result['seeds_per_model'], ('zero',) if result['L0_conflict'] else ('zero', 'best')
-    judged = [one for one in result['L0_choices'] if one['name'] not in leave_out]
+    seeds = result['seeds_per_model']
     if len(seeds) < 2:
         return 'not decidable', 'one model'
-    tight = 'Δ(0.5) = {delta:.4f}, spread of the drop {drop_spread:.1%}'.format(**judged[0])
+    law = result['L0_choices'][1]
+    low, high = law['L0_ci'] or (law['L0'], law['L0'])
+    judged = [one for one in result['L0_choices'][1:] if one['name'] != 'best' or result['L0_conflict'] or low <= one['L0'] <= high]
+    tight = 'Δ(0.5) = {delta:.4f}, spread of the drop {drop_spread:.1%}'.format(**law)
     if min(seeds) < 2:
         return 'not decidable', f'{"one seed per model" if max(seeds) < 2 else "a model with one seed"}, no noise floor σ; {tight}'
-    low, high = judged[0]['L0_ci'] or (judged[0]['L0'],) * 2
-    if all(one['drop_spread'] > TIGHT for one in result['L0_choices'] if one in judged or low <= one['L0'] <= high):
-        return 'no collapse', tight
-    words = {one['verdict'] if np.isnan(one['supercollapse_from']) else 'supercollapse': one['L0'] for one in judged[::-1]}
+    words = {one['verdict']: one['L0'] for one in judged[::-1]}
+    if 'supercollapse' in words and not any(np.isnan(one['supercollapse_from']) for one in judged):
+        seen = f'Δ < σ from x = {result["supercollapse_from"]:.2f} on, averaged over models'
+        if np.isnan(result['supercollapse_from_ci'][1]):
+            return 'not decidable', f'{seen}, but the 90% interval of that x includes never'
+        return 'supercollapse', seen
     if len(words) > 1:
         return 'not decidable', 'L0 decides: ' + ', '.join(f'{word} with L0 = {L0:.4g}' for word, L0 in words.items())
-    if 'supercollapse' not in words:
-        return next(iter(words)), tight
-    seen = f'Δ < σ from x = {result["supercollapse_from"]:.2f} on, averaged over models'
-    if np.isnan(result['supercollapse_from_ci'][1]):
-        return 'not decidable', f'{seen}, but the 90% interval of that x includes never'
-    return 'supercollapse', seen
+    return next(iter(words)), tight
 
 
 def verdict_in_words(result):

@@ -148,11 +148,35 @@ def test_the_four_verdicts():
     assert words(near).startswith('collapse: Δ(0.5) = 0.0') and words(far).startswith('no collapse: Δ(0.5) = 0.0')
     loud, _ = collapse.analyse(planted(offset=3e-2, jitter=2e-4, gamma=1.3, seeds=5), L0=0.1, draws=20)
     assert loud['supercollapse_from'] < 0.9 and loud['verdict'] == 'no collapse'  # Δ < σ at the end is no collapse
+    late = planted(offset=5e-3, jitter=2e-4, seeds=5)
+    late = collapse.analyse(late[late['compute'] > 0.8 * late.groupby('run')['compute'].transform('max')], L0=0.1, draws=20)[0]
+    assert late['supercollapse_from'] > 0.8 and words(late).startswith('not decidable')  # nothing to compare before the end
     assert words(collapse.analyse(planted(seeds=1))[0]).startswith('not decidable: one seed per model, no noise floor σ; Δ(0.5) = ')
     assert words(collapse.analyse(planted(models=1), L0=0.1)[0]) == 'not decidable: one model'
     fewer = planted()
     fewer = fewer[~fewer['run'].isin(['D32-s1', 'D32-s2', 'D32-s3'])]
     assert 'a model with one seed' in words(collapse.analyse(fewer)[0])
+
+
+def test_every_L0_of_the_interval_counts():
+    """Spreads and onsets of the law's L0, the best L0 within its interval, and the ends. The words are those of the printed table."""
+    def said(spreads, onsets):
+        rows = [{'name': name, 'L0': L0, 'L0_ci': [0.1, 0.4] if name == 'law' else None, 'delta': 0.01, 'drop_spread': drop,
+                 'supercollapse_from': x, 'verdict': 'no collapse' if drop > 0.05 else 'collapse' if np.isnan(x) else 'supercollapse'}
+                for name, L0, drop, x in zip(('zero', 'law', 'best', 'law_low', 'law_high'), (0, 0.3, 0.2, 0.1, 0.4),
+                                             (0.01, *spreads), (0.1, *onsets), strict=True)]
+        return collapse.verdict_in_words({'seeds_per_model': [2, 2, 2], 'L0_choices': rows, 'L0_conflict': None,
+                                          'supercollapse_from': onsets[0], 'supercollapse_from_ci': [0.1, 0.9]})
+
+    never = np.nan
+    assert said((0.08, 0.03, 0.06, 0.3), (0.5, 0.4, 0.4, 0.9)).startswith('supercollapse: Δ < σ from x = 0.50')
+    assert said((0.08, 0.07, 0.06, 0.3), (0.5, 0.4, 0.4, 0.9)).startswith('no collapse: ')
+    decides = 'not decidable: L0 decides: no collapse with L0 = 0.3, collapse with L0 = 0.2'
+    assert said((0.08, 0.03, 0.06, 0.3), (never, never, never, never)) == decides
+    assert said((0.08, 0.03, 0.06, 0.3), (0.9, never, never, 0.9)) == decides
+    assert said((0.03, 0.02, 0.04, 0.05), (0.9, never, never, 0.9)) == (
+        'not decidable: L0 decides: supercollapse with L0 = 0.3, collapse with L0 = 0.2')
+    assert said((0.03, 0.02, 0.04, 0.05), (never, never, never, never)).startswith('collapse: ')
 
 
 def test_the_verdict_is_not_decidable_where_L0_decides():
