@@ -32,7 +32,8 @@ class Ladder(NamedTuple):
     seeds: np.ndarray      # [M] runs of each model
     x: np.ndarray
     curve: np.ndarray      # [M, K] R(x) / R(1), without the seeds
-    sgd: np.ndarray        # [M, K] N(x) / R(1)
+    sgd: np.ndarray        # [M, K] N(x) / R(1), without the seeds
+    noise: np.ndarray      # [M, K] N(x) / R(1) as logged
     law: scaling_law.Law   # R(1) = a·C^(-b)
     gamma: float
     mu: float
@@ -66,12 +67,12 @@ def read(table, L0=None, constant=None):
         notes.append('the log has no trace Tr Σ, so N is not told apart from F; an error in γ then looks easier to see than it is')
     residuals = (reducible / mean[curves.model] - 1) / np.sqrt(dof)
     _, sizes, axes = np.linalg.svd(residuals, full_matrices=False)
-    curve, sgd = mean / mean[:, -1:], average @ noise / mean[:, -1:]
+    curve, noise = mean / mean[:, -1:], average @ noise / mean[:, -1:]
     # A part of the scatter of the models' means is the noise of their seeds. It is taken out, by moving the means closer together.
     within = (((residuals - residuals[:, -1:]) * curve.mean(0)) ** 2).sum(0) * (1 / points.seeds).mean()
     kept = np.sqrt(np.clip(1 - within / np.maximum(curve.var(0, ddof=1), 1e-300), 0, 1))
-    curve, sgd = (one.mean(0) + kept * (one - one.mean(0)) for one in (curve, sgd))
-    return Ladder(p, tokens, points.seeds, curves.x, curve, sgd, law, gamma, mu, share, sizes[:, None] * axes, dof), notes
+    curve, sgd = (one.mean(0) + kept * (one - one.mean(0)) for one in (curve, noise))
+    return Ladder(p, tokens, points.seeds, curves.x, curve, sgd, noise, law, gamma, mu, share, sizes[:, None] * axes, dof), notes
 
 
 def collapsed(ladder, seeds=None, more=0):
@@ -185,6 +186,6 @@ def analyse(table, L0=None, constant=None, factor=0.8, seeds=None, more=0):
         'factor': factor, 'needed': {'seeds': first([(number, collapsed(exact, number)) for number in SEEDS], error, factor),
                                      'p': first([(one.p[-1], one) for one in longer], error, factor)},
         'predicted': [{'factor': one} | predicted(good, **wrong_gamma(good, one)) for one in FACTORS],
-        'noise': ladder.sgd[:, :-1] if ladder.sgd.any() else None,  # N(x)/R(1), in units of ℓ
+        'noise': ladder.noise[:, :-1] if ladder.noise.any() else None,  # of the models in the log
         'fit': ladder.law._asdict(), 'gamma': ladder.gamma, 'mu': ladder.mu, 'share': ladder.share, 'num_params': exact.p,
         'seeds_per_model': exact.seeds, 'power': POWER, 'false_alarms': FALSE_ALARMS}, ladder, notes

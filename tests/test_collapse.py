@@ -159,10 +159,11 @@ def test_the_four_verdicts():
 
 
 def test_every_L0_of_the_interval_counts():
-    """Spreads and onsets of the law's L0, the best L0 within its interval, and the ends. The words are those of the printed table."""
+    """Spreads and onsets are of the law's L0, the best L0 within its interval, and the ends. The words are those of the table."""
     def said(spreads, onsets):
         rows = [{'name': name, 'L0': L0, 'L0_ci': [0.1, 0.4] if name == 'law' else None, 'delta': 0.01, 'drop_spread': drop,
-                 'supercollapse_from': x, 'verdict': 'no collapse' if drop > 0.05 else 'collapse' if np.isnan(x) else 'supercollapse'}
+                 'verdict': 'no collapse' if drop > 0.05 else 'collapse' if np.isnan(x) else 'supercollapse',
+                 'supercollapse_from': x}
                 for name, L0, drop, x in zip(('zero', 'law', 'best', 'law_low', 'law_high'), (0, 0.3, 0.2, 0.1, 0.4),
                                              (0.01, *spreads), (0.1, *onsets), strict=True)]
         return collapse.verdict_in_words({'seeds_per_model': [2, 2, 2], 'L0_choices': rows, 'L0_conflict': None,
