@@ -113,7 +113,7 @@ def _surface(curves):
 
     With v = log C and z = v - log C*(p), log L is a cubic in v plus z² times a line in v, by least squares with Gaussian weights in
     z. At fixed compute it is lowest at z = 0, as the optimal model has dL/dp = 0 (Qiu et al. appendix E). Terms in z and z·v are
-    fitted too. Newton steps move C* until their coefficients are 0.
+    fitted too. Newton steps, halved, as whole ones may go astray, move C* until their coefficients are 0.
     """
     log_p, log_compute, loss = np.log(curves.p), np.log(curves.compute / PETA), np.log(curves.mean)
     if len(log_p) < 3:
@@ -133,7 +133,9 @@ def _surface(curves):
         shift, tilt, curvature = found[:3]
         stretch = 1 + tilt / (2 * curvature)                    # the minimum is where shift + tilt·v + 2·curvature·z = 0
         step = np.array([exponent, offset - shift / (2 * curvature)]) / stretch - (exponent, offset)
-        exponent, offset = (exponent, offset) + step
+        if not np.isfinite(step).all():
+            return None
+        exponent, offset = (exponent, offset) + step / 2
         if np.abs(step).sum() < 1e-6:
             break
     if not (np.abs(step).sum() < 1e-6 and curvature > 0 and exponent > 0):

@@ -83,6 +83,13 @@ def test_too_little_is_refused():
         horizon.constant_rate(planted().drop(columns='num_params'))
 
 
+@pytest.mark.parametrize('name, width', [('laptop_text_const', 32), ('laptop_mlp_const', 48)])
+def test_shipped_logs_without_their_narrowest_models_have_a_horizon(name, width):
+    """Whole Newton steps went astray on the first."""
+    table = logs.between_widths(logs.clean(logs.load(f'logs/{name}.parquet'))[0], width)
+    assert 1.5 < horizon.fit(horizon.smooth_curves(table)).exponent < 2.5
+
+
 def test_a_note_says_why_the_steps_of_the_envelope_disagree():
     """A larger model that is best early, where all curves are close, moves the paper's fit. The note gives the fit without it."""
     curves = horizon.smooth_curves(planted(seeds=1, jitter=0, offset=5e-3, evals=400))
